@@ -1770,7 +1770,8 @@ async def test_one_request_too_many_is_429_and_does_not_count_later(gateway, ups
     client = await gateway(server={"max_requests": 2})
     under_way = [asyncio.create_task(ask(client, model="a")) for _ in range(2)]
     await eventually(lambda: upstream.open == 2)
-    async with client.post("/v1/chat/completions", json={"model": "a", "messages": QUESTION}) as response:
+    body = {"model": "a", "messages": QUESTION}
+    async with asyncio.timeout(3), client.post("/v1/chat/completions", json=body) as response:
         assert (response.status, response.headers["Retry-After"]) == (429, "1")
     assert (await client.get("/v1/models")).status == 200
     release.set()
