@@ -160,6 +160,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, web.HTTPException):
         allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
         return ApiError(error.status, error.reason.lower().replace(" ", "_"), error.reason, **allow)
+    if isinstance(error, RecursionError):  # what was decoded here may be too deep to encode further down
+        return ApiError(400, "invalid_json", "the request, or a reply to it, is nested too deeply")
     log.error("unexpected error", exc_info=error)
     return ApiError(500, "internal_error", "internal error of the gateway; its log says more")
 
@@ -927,7 +929,7 @@ async def read_request(request: web.Request) -> Exchange:
         kept = body.keys() - OWN_FIELDS - {"stream_options"}
         fields = {name: encode(body[name]) for name in body if name in kept}
         messages = [encode(without_reasoning(message)) for message in body["messages"]]
-    except (ValueError, RecursionError, web.RequestPayloadError) as error:
+    except (ValueError, web.RequestPayloadError) as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON that can be read: {error}") from None
     mixture = find_mixture(config, body.get("model"))
     return Exchange(request[REQUEST_ID], request.app[GATEWAY], config, mixture, body, fields, messages)
