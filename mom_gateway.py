@@ -64,6 +64,7 @@ from typing import Annotated, Any, get_type_hints
 import aiohttp
 import yaml
 from aiohttp import ClientError, ClientSession, StreamReader, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.typedefs import Handler
 
 __version__ = "0.1.0"
@@ -100,13 +101,14 @@ URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/@?#:\[\]\s]+)(:\d{1,5})?(/[^@
 STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 log = logging.getLogger("mom_gateway")
-json_text = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would build an encoder for each call
+# One encoder: json.dumps would build its own for each call.
+json_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 json_decode = json.JSONDecoder(parse_constant=int).decode  # int() refuses NaN and Infinity, which are no JSON
 
 
 def encode(value: Any) -> bytes:
-    """Compact JSON in ASCII: a lone surrogate, which JSON allows, has no UTF-8 form."""
-    return json_text(value).encode("ascii")
+    """Compact JSON. A lone surrogate has no UTF-8 form; `backslashreplace` makes its JSON escape of it."""
+    return json_text(value).encode("utf-8", "backslashreplace")
 
 
 def backoff_delay(attempt: int, rng: Callable[[], float] = random.random) -> float:
@@ -403,8 +405,8 @@ class Exchange:
     config: Config
     mixture: Mixture
     request: dict[str, Any]  # the client's JSON
-    fields: dict[str, bytes]  # of the request, each encoded once for all upstreams
-    messages: list[bytes]  # so too
+    fields: dict[str, bytes]  # of the request, each as `"name":value`, encoded once for all upstreams
+    messages: bytes  # so too, as a list
     created: float = field(default_factory=time.time)  # Unix time
     began: float = field(default_factory=time.monotonic)
     stream: EventStream | None = None
@@ -417,19 +419,41 @@ class Exchange:
         created, name = int(self.created), self.mixture.name
         return {"id": f"chatcmpl-{self.id}", "object": kind, "created": created, "model": name}
 
-    def body(self, call: Call, messages: list[bytes]) -> bytes:
-        """The JSON to post. The upstream's `params` win over the request; null there removes a field."""
-        fields = {**self.fields, "model": encode(call.upstream.model or call.upstream.name)}
+    def body(self, call: Call, messages: bytes) -> Body:
+        """What to post. The upstream's `params` win over the request; null there removes a field."""
+        fields = {**self.fields, "model": member("model", call.upstream.model or call.upstream.name)}
         if call.stream:
-            fields |= {"stream": b"true", "stream_options": b'{"include_usage":true}'}
-        fields |= {name: encode(value) for name, value in call.upstream.params.items()}
-        removed = {name for name, value in call.upstream.params.items() if value is None}
-        fields["messages"] = b"[%s]" % b",".join(messages)
-        return b"{%s}" % b",".join(b"%s:%s" % (encode(k), v) for k, v in fields.items() if k not in removed)
+            fields |= {
+                "stream": b'"stream":true',
+                "stream_options": b'"stream_options":{"include_usage":true}',
+            }
+        for name, value in call.upstream.params.items():
+            fields[name] = member(name, value) if value is not None else b""
+        return Body(b'{%s,"messages":' % b",".join(filter(None, fields.values())), messages, b"}")
+
+
+def member(name: str, value: Any) -> bytes:
+    return b"%s:%s" % (encode(name), encode(value))
+
+
+class Body(aiohttp.Payload):
+    """A request's body in pieces: the calls of an exchange share the conversation instead of copying it."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        super().__init__(pieces, content_type="application/json")
+        self._size = sum(map(len, pieces))
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return b"".join(self._value).decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        small = sum(map(len, self._value)) < 2**16  # then one system call is worth more than no copy
+        for piece in [b"".join(self._value)] if small else self._value:
+            await writer.write(piece)
 
 
 # --- One upstream call and its retries ---
-async def call_with_retries(exchange: Exchange, call: Call, messages: list[bytes]) -> None:
+async def call_with_retries(exchange: Exchange, call: Call, messages: bytes) -> None:
     """Fills `call` with an answer or its last error; raises nothing but cancellation."""
     gateway, body = exchange.gateway, exchange.body(call, messages)
     try:
@@ -458,12 +482,12 @@ async def call_with_retries(exchange: Exchange, call: Call, messages: list[bytes
         call.seconds = time.monotonic() - call.began
 
 
-async def call_upstream(session: ClientSession, call: Call, body: bytes) -> None:
+async def call_upstream(session: ClientSession, call: Call, body: Body) -> None:
     """One attempt: completes `call` or raises UpstreamError. Cancelling it closes the connection."""
     upstream, reply, expiry = call.upstream, Reply(), time.monotonic() + call.upstream.timeout
     url = upstream.base_url.rstrip("/").removesuffix("/chat/completions").rstrip("/") + "/chat/completions"
     key = {"Authorization": f"Bearer {upstream.api_key}"} if upstream.api_key else {}
-    headers = {"Content-Type": "application/json", **key, **upstream.headers}
+    headers = {**key, **upstream.headers}
     try:
         async with asyncio.timeout_at(expiry):
             response = await session.post(url, data=body, headers=headers, allow_redirects=False)
@@ -656,16 +680,16 @@ async def fan_out(exchange: Exchange) -> list[Call]:
 # --- Critic: one answer from the candidates ---
 async def answer(exchange: Exchange) -> Call:
     """The story of one request: the call with the answer, which a stream has sent by then, or ApiError."""
-    mixture, messages, last = exchange.mixture, exchange.messages, exchange.request["messages"][-1]
+    mixture, last = exchange.mixture, exchange.request["messages"][-1]
     candidates: list[Call] = []
     if mixture.models and not (last.get("role") == "tool" and mixture.tool_turns == "critic"):
         candidates = await fan_out(exchange)
         if not candidates:
             raise no_answer(exchange.calls)
-        seed = zlib.crc32(b"".join(messages))
+        seed = zlib.crc32(exchange.messages)
         exchange.prompt = critic_prompt(mixture.prompt, [call.message or {} for call in candidates], seed)
-        messages = critic_messages(messages, last, exchange.prompt)
-    exchange.answer = await ask_critics(exchange, messages)
+        exchange.messages = critic_messages(exchange.messages, last, exchange.prompt)
+    exchange.answer = await ask_critics(exchange)
     if not exchange.answer:
         if not candidates:
             raise no_answer(exchange.calls)
@@ -677,7 +701,7 @@ async def answer(exchange: Exchange) -> Call:
     return exchange.answer
 
 
-async def ask_critics(exchange: Exchange, messages: list[bytes]) -> Call | None:
+async def ask_critics(exchange: Exchange) -> Call | None:
     """The first critic that answers before the deadline, if any; ApiError if one broke off half-way."""
     role = "critic" if exchange.mixture.models else "passthrough"
     deadline = exchange.began + exchange.mixture.deadline
@@ -686,7 +710,7 @@ async def ask_critics(exchange: Exchange, messages: list[bytes]) -> Call | None:
             for name in exchange.mixture.critic:
                 call = Call(exchange.config.models[name], role, deadline, exchange.stream)
                 exchange.calls.append(call)
-                await call_with_retries(exchange, call, messages)
+                await call_with_retries(exchange, call, exchange.messages)
                 if call.message or call.streamed:
                     break
     if call.streamed and not call.message:
@@ -709,14 +733,16 @@ def candidate_text(message: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, parts)) or str(message["reasoning_content"])
 
 
-def critic_messages(messages: list[bytes], last: dict[str, Any], prompt: str) -> list[bytes]:
+def critic_messages(messages: bytes, last: dict[str, Any], prompt: str) -> bytes:
     """The conversation with the prompt at its end: in the last message if that is the user's, since some chat
-    templates refuse two in a row. What comes before stays as it was, so that the upstream's cache holds."""
-    if last.get("role") != "user":
-        return [*messages, encode({"role": "user", "content": prompt})]
-    content, part = last.get("content") or "", {"type": "text", "text": prompt}
-    joined = [*content, part] if isinstance(content, list) else f"{content}\n\n{prompt}"
-    return [*messages[:-1], encode({**last, "content": joined})]
+    templates refuse two in a row. What comes before stays as it was, so that the upstream's cache holds; it is
+    not encoded again either, but cut open behind the last content, where `sent_on` has put it."""
+    content = last.get("content") if last.get("role") == "user" else None
+    if isinstance(content, str):
+        return messages[:-3] + encode("\n\n" + prompt)[1:] + b"}]"
+    if isinstance(content, list) and content:
+        return messages[:-3] + b"," + encode({"type": "text", "text": prompt}) + b"]}]"
+    return messages[:-1] + b"," + encode({"role": "user", "content": prompt}) + b"]"
 
 
 def no_answer(calls: list[Call]) -> ApiError:
@@ -927,8 +953,8 @@ async def read_request(request: web.Request) -> Exchange:
         body = json_decode(raw.decode())
         check_body(body)
         kept = body.keys() - OWN_FIELDS - {"stream_options"}
-        fields = {name: encode(body[name]) for name in body if name in kept}
-        messages = [encode(without_reasoning(message)) for message in body["messages"]]
+        fields = {name: member(name, body[name]) for name in body if name in kept}
+        messages = encode([sent_on(message) for message in body["messages"]])
     except (ValueError, web.RequestPayloadError) as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON that can be read: {error}") from None
     mixture = find_mixture(config, body.get("model"))
@@ -950,11 +976,11 @@ def check_body(body: Any) -> None:
             raise ApiError(400, "invalid_value", f"'{name}' must be {what}", name)
 
 
-def without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Some clients send the reasoning of earlier answers back, which upstreams refuse."""
-    if message.get("role") != "assistant":
-        return message
-    return {name: value for name, value in message.items() if name not in ("reasoning", "reasoning_content")}
+def sent_on(message: dict[str, Any]) -> dict[str, Any]:
+    """Without the reasoning of earlier answers, which some clients send back; with its content at the end."""
+    dropped = ("reasoning", "reasoning_content") if message.get("role") == "assistant" else ()
+    kept = {name: value for name, value in message.items() if name != "content" and name not in dropped}
+    return kept | ({"content": message["content"]} if "content" in message else {})
 
 
 def find_mixture(config: Config, name: str | None) -> Mixture:
