@@ -388,6 +388,9 @@ class Call:
     usage: dict[str, Any] | None = None
     error: UpstreamError | None = None
 
+    def expiry(self, patience: float) -> float:
+        return min(time.monotonic() + patience, self.deadline)
+
     def told(self) -> dict[str, Any]:
         """What the client is told of it, and the trace as well."""
         error = self.error.message if self.error and not self.message else None
@@ -484,7 +487,8 @@ async def call_with_retries(exchange: Exchange, call: Call, messages: bytes) -> 
 
 async def call_upstream(session: ClientSession, call: Call, body: Body) -> None:
     """One attempt: completes `call` or raises UpstreamError. Cancelling it closes the connection."""
-    upstream, reply, expiry = call.upstream, Reply(), time.monotonic() + call.upstream.timeout
+    upstream, reply = call.upstream, Reply()
+    expiry = call.expiry(upstream.timeout)
     url = upstream.base_url.rstrip("/").removesuffix("/chat/completions").rstrip("/") + "/chat/completions"
     key = {"Authorization": f"Bearer {upstream.api_key}"} if upstream.api_key else {}
     headers = {**key, **upstream.headers}
@@ -507,7 +511,9 @@ async def call_upstream(session: ClientSession, call: Call, body: Body) -> None:
             if streaming:
                 await read_on(response.content)
     except TimeoutError:
-        raise UpstreamError(f"no data for {upstream.timeout:g} s", timed_out=True) from None
+        late = time.monotonic() >= call.deadline
+        message = "cut off at the deadline" if late else f"no data for {upstream.timeout:g} s"
+        raise UpstreamError(message, timed_out=True) from None
     except (ClientError, OSError, ValueError) as error:  # ValueError: no URL or header to send
         what = "broke off" if isinstance(error, aiohttp.ClientPayloadError) else "failed"
         raise UpstreamError(f"connection {what}: {error or type(error).__name__}") from None
@@ -526,7 +532,7 @@ async def read_stream(content: StreamReader, call: Call, reply: Reply, expiry: f
             deltas = [delta for event in wanted if (delta := reply.add(json_or_text(event)))]
             if not finished and (deltas or reply.finish_reason):
                 finished = bool(reply.finish_reason)
-                expiry = time.monotonic() + (LAST_WORDS if finished else call.upstream.timeout)
+                expiry = call.expiry(LAST_WORDS if finished else call.upstream.timeout)
             if call.stream:
                 await call.stream.send(deltas, call)
     except (ClientError, TimeoutError):
@@ -654,24 +660,24 @@ def upstream_error(data: Any, status: int = 200, retry_after: str = "") -> Upstr
 async def fan_out(exchange: Exchange) -> list[Call]:
     """The candidates, in configuration order; stragglers are cut off.
 
-    A TaskGroup under one cut-off leaves no task behind, however it ends. It needs children that never raise
-    (`call_with_retries` turns errors into data), and a cut-off that is moved only while it has not passed.
+    A TaskGroup under one cut-off leaves no task behind, however it ends. It needs children that never raise:
+    `call_with_retries` turns errors into data.
     """
     mixture, stream, successes = exchange.mixture, exchange.stream, count(1)
-    latest = exchange.began + mixture.deadline / 2  # the other half is the critic's
-    calls = [Call(exchange.config.models[name], "proposer", latest) for name in mixture.models]
+    deadline = exchange.began + mixture.deadline / 2  # the other half is the critic's
+    calls = [Call(exchange.config.models[name], "proposer", deadline) for name in mixture.models]
     exchange.calls += calls
 
     async def propose(call: Call) -> None:
         await call_with_retries(exchange, call, exchange.messages)
-        if call.message and next(successes) == mixture.quorum and not cutoff.expired():
-            cutoff.reschedule(min(latest, time.monotonic() + mixture.grace))
+        if call.message and next(successes) == mixture.quorum:
+            cutoff.reschedule(time.monotonic() + mixture.grace)
         if call.message and stream and mixture.show_candidates:
             head = f"{call.upstream.name} ({call.seconds:.1f} s)"
             await stream.send([{"reasoning_content": f"{head}\n{candidate_text(call.message)}\n\n"}])
 
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(latest) as cutoff, asyncio.TaskGroup() as group:
+        async with asyncio.timeout(None) as cutoff, asyncio.TaskGroup() as group:
             for call in calls:
                 group.create_task(propose(call))
     return [call for call in calls if call.message]
@@ -705,14 +711,12 @@ async def ask_critics(exchange: Exchange) -> Call | None:
     """The first critic that answers before the deadline, if any; ApiError if one broke off half-way."""
     role = "critic" if exchange.mixture.models else "passthrough"
     deadline = exchange.began + exchange.mixture.deadline
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(deadline):
-            for name in exchange.mixture.critic:
-                call = Call(exchange.config.models[name], role, deadline, exchange.stream)
-                exchange.calls.append(call)
-                await call_with_retries(exchange, call, exchange.messages)
-                if call.message or call.streamed:
-                    break
+    for name in exchange.mixture.critic:
+        call = Call(exchange.config.models[name], role, deadline, exchange.stream)
+        exchange.calls.append(call)
+        await call_with_retries(exchange, call, exchange.messages)
+        if call.message or call.streamed or time.monotonic() > deadline:
+            break
     if call.streamed and not call.message:
         raise no_answer([call])
     return call if call.message else None

@@ -850,7 +850,10 @@ async def test_if_all_critics_fail_the_first_candidate_answers_and_the_response_
 async def test_if_the_deadline_passes_in_the_critics_call_the_first_candidate_answers(gateway, upstream):
     upstream.script("critic", hangs)
     _, body = await ask(await gateway({"deadline": 0.3}))
-    assert (body["mixture"]["fallback"], body["mixture"]["calls"][-1]["error"]) == ("a", "cut off")
+    assert (body["mixture"]["fallback"], body["mixture"]["calls"][-1]["error"]) == (
+        "a",
+        "cut off at the deadline",
+    )
 
 
 async def test_a_tool_result_goes_to_the_critic_alone(gateway, upstream):
