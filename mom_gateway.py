@@ -53,12 +53,12 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from itertools import chain, count, cycle, takewhile
+from itertools import chain, count, cycle, groupby
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -87,7 +87,9 @@ MAX_WAIT = 60.0  # a longer Retry-After ends the attempts: somebody is waiting f
 KEEP_ALIVE = 10.0  # how long a stream's status line is held back, then the time between two comments
 LAST_WORDS = 5.0  # for the usage and [DONE] that should follow a finish_reason
 MAX_ERROR_TEXT = 500  # characters of an upstream's error that are repeated
-GC_THRESHOLD = 20_000  # objects; Python's 700 spends a tenth of the CPU on looking for cycles that are not there
+GC_THRESHOLD = (
+    20_000  # objects; Python's 700 spends a tenth of the CPU on looking for cycles that are not there
+)
 SERVING: dict[str, Any] = {"access_log": None, "handler_cancellation": True}
 SERVING["shutdown_timeout"] = 14.5  # aiohttp waits for it twice: requests under way get 30 seconds
 
@@ -97,6 +99,7 @@ OWN_FIELDS = {"messages", "model", "stream"}  # of a request: set anew for each 
 DATA_FIELDS = {"content", "reasoning_content", "tool_calls"}  # of a delta: what the client waits for
 TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 SECRET_HEADER = re.compile(r"auth|cookie|key|secret|token", re.IGNORECASE)
+DATA_LINE = re.compile(rb"^data:(.+)", re.MULTILINE)
 THINKING = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-][a-z0-9._-]*)(?::\d{1,5})?", re.IGNORECASE)
 URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/@?#:\[\]\s]+)(:\d{1,5})?(/[^@?#\s]*)?")
@@ -171,6 +174,7 @@ def api_error(error: Exception) -> ApiError:
 
 
 # --- Configuration: YAML in, frozen dataclasses out, every problem at once ---
+Delta = dict[str, Any]
 Problems = dict[str, str]  # the place in the file, with a dot before each key: what would be right there
 # Types of keys: what is made of them, what they must be, and a test of that; one that raises has failed.
 Text = Annotated[str, ("text", str.strip)]
@@ -206,7 +210,7 @@ class Upstream:
     name: Text
     base_url: Url
     api_key: Key = field(default="", repr=False)
-    model: Text = ""  # empty: the name
+    model: Text = ""  # the name, where none is given
     params: Annotated[dict[str, Any], PARAMS] = field(default_factory=dict, repr=False)
     headers: Annotated[dict[str, str], HEADERS] = field(default_factory=dict, repr=False)
     timeout: Size = 120.0
@@ -309,7 +313,10 @@ def substitute(value: Any, path: str, environ: Mapping[str, str], problems: Prob
 def build_config(tree: Any, problems: Problems) -> Config:
     """The configuration in a tree, to be used only if it adds no problem."""
     top, taken = read_section(Config, tree, "", problems), list[str]()
-    models = {it.name: it for it in read_list(Upstream, top.models, ".models", taken, problems).values()}
+    upstreams = read_list(Upstream, top.models, ".models", taken, problems).values()
+    models = {
+        it.name: replace(it, model=it.model or it.name, base_url=root_of(it.base_url)) for it in upstreams
+    }
     default = [{"name": "mom", "models": list(models)}] if models else []
     mixtures = read_list(Mixture, top.mixtures or default, ".mixtures", taken, problems)
     targets, references = {}, {".critic": top.critic}
@@ -324,6 +331,10 @@ def build_config(tree: Any, problems: Problems) -> Config:
             problems[place] = f"{', '.join(wrong)} is not a model; known: {', '.join(models)}"
     targets |= {name: Mixture(name, (), (name,)) for name in models}
     return Config(models, read_section(Server, top.server, ".server", problems), targets)
+
+
+def root_of(url: str) -> str:
+    return url.rstrip("/").removesuffix("/chat/completions").rstrip("/")
 
 
 def read_list(kind: type, raws: Any, key: str, taken: list[str], problems: Problems) -> dict[str, Any]:
@@ -426,7 +437,7 @@ class Exchange:
 
     def body(self, call: Call, messages: bytes) -> Body:
         """What to post. The upstream's `params` win over the request; null there removes a field."""
-        fields = {**self.fields, "model": member("model", call.upstream.model or call.upstream.name)}
+        fields = {**self.fields, "model": member("model", call.upstream.model)}
         if call.stream:
             fields |= {
                 "stream": b'"stream":true',
@@ -460,25 +471,25 @@ class Body(aiohttp.Payload):
 # --- One upstream call and its retries ---
 async def call_with_retries(exchange: Exchange, call: Call, messages: bytes) -> None:
     """Fills `call` with an answer or its last error; raises nothing but cancellation."""
-    gateway, body = exchange.gateway, exchange.body(call, messages)
+    body = exchange.body(call, messages)
     try:
         for number in range(call.upstream.retries + 1):
             call.attempts.append({"status": None, "error": None, "wait": None})
             log.debug("%s %s: attempt %d begins, %s", exchange.id, call.upstream.name, number + 1, call.role)
             try:
-                return await call_upstream(gateway.session, call, body)
+                return await call_upstream(exchange, call, body)
             except UpstreamError as error:
                 call.error = error.with_traceback(None)  # which would hold all of this, in a cycle
             what = exchange.config.redact(call.error.message)[:MAX_ERROR_TEXT]  # cut last: no half key stays
             call.error.message = call.attempts[-1]["error"] = what
             log.warning("%s %s: attempt %d: %s", exchange.id, call.upstream.name, number + 1, what)
             wait = call.error.retry_after
-            wait = backoff_delay(number, gateway.rng) if wait is None else wait
+            wait = backoff_delay(number, exchange.gateway.rng) if wait is None else wait
             too_late = wait > MAX_WAIT or time.monotonic() + wait > call.deadline
             if number == call.upstream.retries or call.streamed or too_late or not call.error.retryable:
                 return
             call.attempts[-1]["wait"] = round(wait, 3)
-            await gateway.sleep(wait)
+            await exchange.gateway.sleep(wait)
     except asyncio.CancelledError:
         before = f", after {call.error.message}" if call.error else ""
         call.error = UpstreamError(f"cut off{before}", timed_out=True)
@@ -487,31 +498,30 @@ async def call_with_retries(exchange: Exchange, call: Call, messages: bytes) -> 
         call.seconds = time.monotonic() - call.began
 
 
-async def call_upstream(session: ClientSession, call: Call, body: Body) -> None:
+async def call_upstream(exchange: Exchange, call: Call, body: Body) -> None:
     """One attempt: completes `call` or raises UpstreamError. Cancelling it closes the connection."""
     upstream, reply = call.upstream, Reply()
     expiry = call.expiry(upstream.timeout)
-    url = upstream.base_url.rstrip("/").removesuffix("/chat/completions").rstrip("/") + "/chat/completions"
+    url, post = upstream.base_url + "/chat/completions", exchange.gateway.session.post
     key = {"Authorization": f"Bearer {upstream.api_key}"} if upstream.api_key else {}
     headers = {**key, **upstream.headers}
     try:
         async with asyncio.timeout_at(expiry):
-            response = await session.post(url, data=body, headers=headers, allow_redirects=False)
+            response = await post(url, data=body, headers=headers, allow_redirects=False)
             call.attempts[-1]["status"] = response.status
             streaming = response.status == 200 and response.content_type == "text/event-stream"
             data = None if streaming else json_or_text(await response.read())
         async with response:
             if response.status != 200:
                 raise upstream_error(data, response.status, response.headers.get("Retry-After", ""))
-            if streaming:
-                await read_stream(response.content, call, reply, expiry)
-            deltas = [] if streaming else [reply.add(data)]
+            content = response.content
+            deltas = await read_stream(content, call, reply, expiry) if streaming else [reply.add(data)]
             reply.complete(call)
             if call.stream:
-                await call.stream.send(deltas, call)
-                await call.stream.finish(call)
-            if streaming:
-                await read_on(response.content)
+                await call.stream.finish(completion(exchange, call), deltas)
+                exchange.answer = call
+            if not content.at_eof():
+                await read_on(content)
     except TimeoutError:
         late = time.monotonic() >= call.deadline
         message = "cut off at the deadline" if late else f"no data for {upstream.timeout:g} s"
@@ -521,27 +531,43 @@ async def call_upstream(session: ClientSession, call: Call, body: Body) -> None:
         raise UpstreamError(f"connection {what}: {error or type(error).__name__}") from None
 
 
-async def read_stream(content: StreamReader, call: Call, reply: Reply, expiry: float) -> None:
-    """Passes deltas on as they arrive, those of one network read together, until [DONE] or the end."""
-    tail, chunk, events, finished = b"", b"-", list[bytes](), False
+async def read_stream(content: StreamReader, call: Call, reply: Reply, expiry: float) -> list[Delta]:
+    """Passes deltas on as they arrive, but for the last, which can leave with the end: they are returned."""
+    tail, finished = b"", False
     try:
-        while chunk and b"[DONE]" not in events:
+        while True:
             async with asyncio.timeout_at(expiry):
                 chunk = await content.readany()  # empty at the end, where the last line may lack its newline
-            *lines, tail = (tail + (chunk or b"\n")).split(b"\n")
-            events = [line[5:].strip() for line in lines if line.startswith(b"data:")]  # no comments
-            wanted = filter(None, takewhile(b"[DONE]".__ne__, events))
-            deltas = [delta for event in wanted if (delta := reply.add(json_or_text(event)))]
+            lines, _, tail = (tail + (chunk or b"\n")).rpartition(b"\n")
+            events, done = parse_events(lines)
+            deltas = [delta for event in events if (delta := reply.add(event))]
             if not finished and (deltas or reply.finish_reason):
                 finished = bool(reply.finish_reason)
                 expiry = call.expiry(LAST_WORDS if finished else call.upstream.timeout)
+            if done or not chunk:
+                break
             if call.stream:
                 await call.stream.send(deltas, call)
     except (ClientError, TimeoutError):
         if not finished:
             raise
+        deltas = []
     if not finished:
         raise UpstreamError("the stream ended without a finish_reason")
+    return deltas
+
+
+def parse_events(lines: bytes) -> tuple[list[Any], bool]:
+    """The data of an event stream's lines, decoded, and whether [DONE] ended it."""
+    events = [event for data in DATA_LINE.findall(lines) if (event := data.strip())]
+    done = b"[DONE]" in events
+    if done:
+        del events[events.index(b"[DONE]") :]
+    with contextlib.suppress(ValueError, RecursionError):
+        decoded = json_decode((b"[%s]" % b",".join(events)).decode())  # takes half the time of one by one
+        if len(decoded) == len(events):
+            return decoded, done
+    return [json_or_text(event) for event in events], done
 
 
 async def read_on(content: StreamReader) -> None:
@@ -574,7 +600,8 @@ class Reply:
             choice = (data.get("choices") or [{}])[0]
             if choice.get("error"):
                 raise upstream_error(choice)
-            self.finish_reason = str(choice.get("finish_reason") or self.finish_reason)
+            if reason := choice.get("finish_reason"):
+                self.finish_reason = str(reason)
             return self.add_delta(choice.get("delta") or choice.get("message") or {})
         except (AttributeError, LookupError, TypeError) as error:
             raise UpstreamError(f"not the shape of a chat completion: {error}", retryable=False) from None
@@ -584,14 +611,18 @@ class Reply:
             thinking = "".join(it["text"] for part in parts for it in part.get("thinking", ()))
             content = "".join(part.get("text", "") for part in parts)
             raw = {**raw, "content": content, "reasoning": thinking}
-        delta = {name: value for name, value in raw.items() if value and name != "role"}
-        if "reasoning" in delta:
-            delta["reasoning_content"] = delta.pop("reasoning")
-        if "tool_calls" in delta:
-            delta["tool_calls"] = [self.add_tool_call(piece) for piece in delta["tool_calls"]]
-        for name, pieces in self.text.items():
-            pieces.append("" + delta.get(name, ""))  # raises TypeError for anything but text
-        self.extra |= {name: value for name, value in delta.items() if name not in DATA_FIELDS}
+        if reasoning := raw.get("reasoning"):
+            raw = {**raw, "reasoning": "", "reasoning_content": reasoning}
+        delta = {}
+        for name, value in raw.items():
+            if value and name != "role":
+                if name in self.text:
+                    self.text[name].append("" + value)  # raises TypeError for anything but text
+                elif name == "tool_calls":
+                    value = [self.add_tool_call(piece) for piece in value]
+                else:
+                    self.extra[name] = value
+                delta[name] = value
         return {} if DATA_FIELDS.isdisjoint(delta) else delta
 
     def add_tool_call(self, piece: dict[str, Any]) -> dict[str, Any]:
@@ -704,8 +735,8 @@ async def answer(exchange: Exchange) -> Call:
         exchange.answer, exchange.outcome = candidates[0], "fallback"
         log.warning("%s: no critic answered, so %s does", exchange.id, exchange.answer.upstream.name)
         if exchange.stream:
-            await exchange.stream.send([Reply().add_delta(exchange.answer.message or {})])
-            await exchange.stream.finish(exchange.answer)
+            last = [Reply().add_delta(exchange.answer.message or {})]
+            await exchange.stream.finish(completion(exchange, exchange.answer), last)
     return exchange.answer
 
 
@@ -735,14 +766,14 @@ def critic_prompt(instruction: str, candidates: list[dict[str, Any]], seed: int)
 
 def candidate_text(message: dict[str, Any]) -> str:
     calls = message.get("tool_calls")
-    parts = (message["content"], calls and f"Tool calls: {json.dumps(calls, ensure_ascii=False)}")
+    parts = (message["content"], calls and f"Tool calls: {json_text(calls)}")
     return "\n\n".join(filter(None, parts)) or str(message["reasoning_content"])
 
 
 def critic_messages(messages: bytes, last: dict[str, Any], prompt: str) -> bytes:
     """The conversation with the prompt at its end: in the last message if that is the user's, since some chat
-    templates refuse two in a row. What comes before stays as it was, so that the upstream's cache holds; it is
-    not encoded again either, but cut open behind the last content, where `sent_on` has put it."""
+    templates refuse two in a row. What comes before stays as it was, so that the upstream's cache holds, and
+    is not encoded again either, but cut open behind the last content, where `sent_on` has put it."""
     content = last.get("content") if last.get("role") == "user" else None
     if isinstance(content, str):
         return messages[:-3] + encode("\n\n" + prompt)[1:] + b"}]"
@@ -801,45 +832,60 @@ def completion(exchange: Exchange, answer: Call) -> dict[str, Any]:
     return body | ({"mixture": mixture_field(exchange, answer)} if exchange.mixture.models else {})
 
 
+def joined(deltas: list[Delta]) -> Iterator[Delta]:
+    """The deltas, with text that came together as one: less to write, and less for the client to read."""
+    for names, group in groupby(deltas, dict.keys):
+        if names == {"content"}:
+            yield {"content": "".join(delta["content"] for delta in group)}
+        else:
+            yield from group
+
+
 class EventStream:
     """The client's stream. Its status line waits for the first frame, so that an early failure has its own
     status. After that a failure can only be a frame, and the stream ends itself: nothing may follow."""
 
     def __init__(self, request: web.Request, exchange: Exchange) -> None:
-        self.request, self.exchange, self.started = request, exchange, False
-        self.response, self.lock = web.StreamResponse(headers=STREAM_HEADERS), asyncio.Lock()
+        self.request, self.response = request, web.StreamResponse(headers=STREAM_HEADERS)
+        self.started, self.lock = False, asyncio.Lock()
         self.head = exchange.head("chat.completion.chunk")
         self.before = b'data: %s,"choices":[{"index":0,"delta":' % encode(self.head)[:-1]
         self.role = {"role": "assistant"}  # goes with the first delta
+        options = exchange.request.get("stream_options")
+        self.include_usage = isinstance(options, dict) and options.get("include_usage")
         self.ticking = asyncio.create_task(self.keep_alive())
 
-    async def send(self, deltas: list[dict[str, Any]], call: Call | None = None) -> None:
-        """One frame for each delta, in one write; marks the call that they come from."""
+    async def send(self, deltas: list[Delta], call: Call | None = None) -> None:
+        """One write of all; marks the call that they come from."""
         if deltas:
-            deltas, self.role = [self.role | deltas[0], *deltas[1:]], {}
             if call:
                 call.streamed = True
-            after = b',"finish_reason":null}]}\n\n'
-            await self.write(b"".join(self.before + encode(delta) + after for delta in deltas))
+            await self.write(self.frames(deltas))
 
-    async def finish(self, answer: Call) -> None:
-        last = completion(self.exchange, answer) | self.head
+    def frames(self, deltas: list[Delta]) -> bytes:
+        deltas, after = list(joined(deltas)), b',"finish_reason":null}]}\n\n'
+        if deltas:
+            deltas[0], self.role = self.role | deltas[0], {}
+        return b"".join(self.before + encode(delta) + after for delta in deltas)
+
+    async def finish(self, answer: dict[str, Any], deltas: list[Delta]) -> None:
+        """Sends the last deltas and what a `completion` has beside the message."""
+        last = answer | self.head
         usage = {**self.head, "choices": [], "usage": last.pop("usage")}
-        last["choices"] = [{"index": 0, "delta": {}, "finish_reason": answer.finish_reason}]
-        options = self.exchange.request.get("stream_options")
-        wanted = isinstance(options, dict) and options.get("include_usage")
-        await self.end([last, usage] if wanted else [last])
-        self.exchange.answer = answer
+        reason = answer["choices"][0]["finish_reason"]
+        last["choices"] = [{"index": 0, "delta": {}, "finish_reason": reason}]
+        await self.end([last, usage] if self.include_usage else [last], self.frames(deltas))
 
-    async def end(self, frames: list[dict[str, Any]]) -> None:
+    async def end(self, frames: list[dict[str, Any]], before: bytes = b"") -> None:
         self.ticking.cancel()
-        data = b"".join(b"data: %s\n\n" % encode(frame) for frame in frames)
+        data = before + b"".join(b"data: %s\n\n" % encode(frame) for frame in frames)
         await self.write(data + b"data: [DONE]\n\n", last=True)
 
     async def keep_alive(self) -> None:
-        while True:
-            await asyncio.sleep(KEEP_ALIVE)
-            await self.write(b": keep-alive\n\n")
+        with contextlib.suppress(asyncio.CancelledError):  # kept by the task, it would keep this stream alive
+            while True:
+                await asyncio.sleep(KEEP_ALIVE)
+                await self.write(b": keep-alive\n\n")
 
     async def write(self, data: bytes, last: bool = False) -> None:
         """A client that has gone cancels the request: its ConnectionError would pass for an upstream's."""
