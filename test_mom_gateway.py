@@ -815,7 +815,7 @@ async def test_tool_calls_of_candidates_are_shown_and_reasoning_where_there_is_n
     upstream.script("c", {"content": "<think>hidden</think>shown"})
     await ask(await gateway())
     prompt = critic_prompt_of(upstream)
-    assert json.dumps([call], ensure_ascii=False) in prompt
+    assert json.dumps([call], ensure_ascii=False, separators=(",", ":")) in prompt
     assert "only a thought" in prompt and "shown" in prompt and "hidden" not in prompt
 
 
