@@ -391,12 +391,12 @@ BROKEN = [
     (
         "a date that is none",
         MODEL + "x-a: 2024-99-99",
-        "not YAML, or a value is not what its form or tag says",
+        "not YAML, or no value of its type",
     ),
     (
         "a tag that does not fit",
         MODEL + "server: {port: !!int abc}",
-        "not YAML, or a value is not what its form or tag says",
+        "not YAML, or no value of its type",
     ),
     (
         "a model named as the mixture that is added",
@@ -1463,12 +1463,12 @@ async def test_an_abandoned_request_is_traced_and_one_that_was_refused_is_not(ga
     assert (trace["outcome"], trace["calls"][0]["error"]) == ("abandoned", "cut off")
 
 
-async def test_a_folder_that_cannot_be_written_to_costs_one_warning_and_no_answer(gateway, tmp_path, caplog):
+async def test_a_folder_that_cannot_be_written_to_costs_a_warning_and_no_answer(gateway, tmp_path, caplog):
     (tmp_path / "traces").write_text("a file is in the way")
     client = await gateway(traces=True)
     assert [(await ask(client))[0] for _ in range(3)] == [200] * 3
     await client.close()
-    assert caplog.text.count("no trace") == 1
+    assert caplog.text.count("no trace") == 3
 
 
 async def test_one_log_line_for_a_request_and_one_for_each_failed_attempt_and_never_a_message(
