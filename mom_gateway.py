@@ -97,7 +97,7 @@ GC_THRESHOLD = 20_000
 SERVING: dict[str, Any] = {
     "access_log": None,
     "handler_cancellation": True,  # a client that leaves ends its request
-    "shutdown_timeout": 14.5,  # aiohttp waits for it twice: requests under way get 29 seconds
+    "shutdown_timeout": 15.0,  # aiohttp waits for it twice: requests under way get 30 seconds
 }
 
 FINISH_REASONS = {"length": "length", "max_tokens": "length"}  # theirs -> OpenAI's; but for the next two,
@@ -1336,7 +1336,7 @@ def main(arguments: list[str] | None = None) -> int:
 async def explain_wait(app: web.Application) -> None:
     """Says what a stop waits for, and lets a second Ctrl-C end it at once."""
     if active := app[GATEWAY].active:
-        log.info("stopping: %d under way, for 29 s at most; Ctrl-C again ends them now", active)
+        log.info("stopping: %d under way, for 30 s at most; Ctrl-C again ends them now", active)
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
