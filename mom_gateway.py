@@ -97,7 +97,7 @@ GC_THRESHOLD = 20_000
 SERVING: dict[str, Any] = {
     "access_log": None,
     "handler_cancellation": True,  # a client that leaves ends its request
-    "shutdown_timeout": 15.0,  # aiohttp waits for it twice: requests under way get 30 seconds
+    "shutdown_timeout": 14.5,  # twice this and a second, measured: requests under way get 30 seconds
 }
 
 FINISH_REASONS = {"length": "length", "max_tokens": "length"}  # theirs -> OpenAI's; but for the next two,
@@ -178,7 +178,7 @@ class UpstreamError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What the client is told of any exception: the one ladder from exception to status."""
+    """What the client is told of an exception: the one ladder from exceptions to statuses."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, web.HTTPException):
@@ -430,7 +430,7 @@ def fitting(value: Any, test: Callable[[Any], object]) -> Any:
 # --- One request: what was asked, and what came of it ---
 @dataclass(slots=True)
 class Call:
-    """One upstream asked, retries included. Filled in as it goes, so that one cut off can be told of, too."""
+    """One upstream asked, with its retries. Filled in as it goes, so that a cancelled one can be reported."""
 
     upstream: Upstream
     role: str  # proposer, critic or passthrough
@@ -499,8 +499,10 @@ async def call_with_retries(exchange: Exchange, call: Call, ending: bytes) -> No
                 call.error = None
                 return
             except UpstreamError as error:
-                call.error = error.with_traceback(None)  # which would keep all of this alive in a cycle
-            what = exchange.config.redact(call.error.message)[:MAX_ERROR_TEXT]  # cut last: no half key stays
+                call.error = error.with_traceback(None)  # it would keep this frame alive in a cycle
+            what = exchange.config.redact(call.error.message)[
+                :MAX_ERROR_TEXT
+            ]  # last: half a key must not stay
             call.error.message = call.attempts[-1]["error"] = what
             log.warning("%s %s: attempt %d: %s", exchange.id, call.upstream.name, retry + 1, what)
             wait = next_wait(call, call.error, retry, exchange.gateway.rng)
@@ -538,7 +540,7 @@ async def call_upstream(exchange: Exchange, call: Call, body: Body) -> None:
             response = await post(url, data=body, headers=headers, allow_redirects=False)
             call.attempts[-1]["status"] = response.status
             streaming = response.status == 200 and response.content_type == "text/event-stream"
-            data = None if streaming else json_or_text(await response.read())
+            data = None if streaming else json_or_text(await response.read())  # closes it if cut off
         async with response:
             if response.status != 200:
                 raise read_upstream_error(data, response.status, response.headers.get("Retry-After", ""))
@@ -587,7 +589,7 @@ class Body(aiohttp.Payload):
         return b"".join(self._value).decode(encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        small = self._size is not None and self._size < 2**16  # one write then costs less than it saves
+        small = self._size is not None and self._size < 2**16  # then one write is cheaper than no copy
         for piece in [b"".join(self._value)] if small else self._value:
             await writer.write(piece)
 
@@ -634,7 +636,7 @@ def parse_events(lines: bytes) -> tuple[list[Any], bool]:
 
 
 async def read_on(content: StreamReader) -> None:
-    """Reads what follows [DONE], so that the connection can be used again: a new one would pay for TLS."""
+    """Reads what follows [DONE], so that the connection returns to the pool: a new one would pay for TLS."""
     with contextlib.suppress(ClientError, TimeoutError):
         async with asyncio.timeout(1):
             while await content.readany():
@@ -934,12 +936,11 @@ class EventStream:
         self.include_usage = isinstance(options, dict) and options.get("include_usage")
         self.ticking = asyncio.create_task(self.keep_alive())
 
-    async def finish(self, answer: dict[str, Any], deltas: list[Delta]) -> None:
-        """Sends the last deltas, then what a `completion` has beside its message."""
-        last = answer | self.head
+    async def finish(self, body: dict[str, Any], deltas: list[Delta]) -> None:
+        """Sends the last deltas, then what a `completion` has beside its message; usage only if asked for."""
+        reason = body["choices"][0]["finish_reason"]
+        last = body | self.head | {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
         usage = {**self.head, "choices": [], "usage": last.pop("usage")}
-        reason = answer["choices"][0]["finish_reason"]
-        last["choices"] = [{"index": 0, "delta": {}, "finish_reason": reason}]
         await self.end([last, usage] if self.include_usage else [last], self.frames(deltas))
 
     async def end(self, frames: list[dict[str, Any]], before: bytes = b"") -> None:
@@ -959,7 +960,7 @@ class EventStream:
         return frames
 
     async def keep_alive(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):  # kept by the task, it would keep this stream alive
+        with contextlib.suppress(asyncio.CancelledError):  # the task would keep it, and it this stream
             while True:
                 await asyncio.sleep(KEEP_ALIVE)
                 await self.write(b": keep-alive\n\n")
@@ -1040,6 +1041,7 @@ def trace_of(exchange: Exchange, seconds: float) -> dict[str, Any]:
 
 # --- Handlers: the endpoints ---
 async def handle_chat(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions, unless too many are under way."""
     gateway, limit = request.app[GATEWAY], request[CONFIG].server.max_requests
     if gateway.active >= limit:
         message = f"{limit} requests are under way (server.max_requests)"
@@ -1060,7 +1062,7 @@ async def respond(request: web.Request, exchange: Exchange) -> web.StreamRespons
             return stream.response
         return web.Response(body=encode(completion(exchange, answer)), content_type="application/json")
     except asyncio.CancelledError:
-        if not exchange.answer:  # else it has left with all of it
+        if not exchange.answer:  # else the client has left after receiving everything
             exchange.outcome = "abandoned"
         raise
     except Exception as error:
