@@ -4,12 +4,14 @@ The names, read from top to bottom, are the specification; the sections follow t
 """
 
 import asyncio
+import importlib
 import io
 import json
 import logging
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -920,7 +922,7 @@ async def test_error_bodies_are_read_in_all_their_shapes(gateway, upstream, body
     assert "why" in answer["error"]["message"]
 
 
-# --- Fan-out: ask every proposer, keep the first quorum ---
+# --- Mixture: every proposer is asked ---
 
 
 async def test_every_proposer_gets_the_request_as_the_client_sent_it_and_never_streamed(gateway, upstream):
@@ -983,7 +985,7 @@ async def test_if_the_quorum_is_not_reached_the_fan_out_ends_at_half_of_the_dead
     assert 0.25 < body["mixture"]["calls"][1]["seconds"] < 0.55
 
 
-# --- Critic: one answer from the candidates ---
+# --- Mixture: the critic writes one answer from the candidates ---
 
 
 async def test_the_critic_gets_the_conversation_then_the_instruction_and_whole_candidates(gateway, upstream):
@@ -1134,7 +1136,7 @@ async def test_if_the_deadline_passes_in_the_critics_call_the_first_candidate_an
     assert body["mixture"]["fallback"] == "a"
 
 
-# --- Critic: when nobody answers ---
+# --- Mixture: when nobody answers ---
 
 
 @pytest.mark.parametrize("model", ["mom", "a"])
@@ -1930,9 +1932,17 @@ def test_importing_has_no_side_effects(tmp_path):
     assert (out.stdout, out.stderr, list(tmp_path.iterdir())) == ("True\n", "", [])
 
 
-async def test_the_module_alone_can_be_mounted_in_another_program(one_model, aiohttp_client):
+async def test_the_module_copied_alone_can_be_mounted_in_another_program(
+    one_model, tmp_path_factory, monkeypatch, aiohttp_client
+):
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copy(HERE / "mom_gateway.py", folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "mom_gateway")
+    copied = importlib.import_module("mom_gateway")
+    assert Path(copied.__file__).parent == folder
     program = web.Application()
-    program.add_subapp("/ai", mom_gateway.create_app(one_model))
+    program.add_subapp("/ai", copied.create_app(one_model))
     client = await aiohttp_client(program)
     async with client.post("/ai/v1/chat/completions", json={"messages": QUESTION}) as response:
         assert (await response.json())["choices"][0]["message"]["content"] == "answer of a"
