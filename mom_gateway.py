@@ -100,8 +100,8 @@ SERVING: dict[str, Any] = {
     "shutdown_timeout": 14.5,  # twice this and a second, measured: requests under way get 30 seconds
 }
 
-FINISH_REASONS = {"length": "length", "max_tokens": "length"}  # theirs -> OpenAI's; but for the next two,
-FINISH_REASONS |= {"content_filter": "content_filter", "safety": "content_filter"}  # any other is "stop"
+FINISH_REASONS = {"length": "length", "max_tokens": "length"}  # an upstream's -> OpenAI's; others: "stop"
+FINISH_REASONS |= {"content_filter": "content_filter", "safety": "content_filter"}
 OWN_FIELDS = {"messages", "model", "stream"}  # of a request: the gateway sets them for each call
 DATA_FIELDS = {"content", "reasoning_content", "tool_calls"}  # of a delta: they count as data (timeouts)
 TOKEN_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
@@ -269,15 +269,15 @@ class FromEnviron(str):
     """Text made from a ${NAME}: it takes the type that its key needs."""
 
 
-def whole(least: int) -> Rule:
-    return f"a whole number from {least} to 65535", lambda it: type(it) is int and least <= it <= 65_535
+def whole(least: int, most: int = 65_535) -> Rule:
+    return f"a whole number from {least} to {most}", lambda it: type(it) is int and least <= it <= most
 
 
 def number(least: float) -> Rule:
     return f"a number from {least:g} to 1e5", lambda it: type(it) in (int, float) and least <= it <= 1e5
 
 
-RULES: dict[str, Rule] = {  # by a key's name, else by its type
+RULES: dict[str, Rule] = {  # by a key's name, else by its annotation, which is text (see the first import)
     "api_key": ("one line without space around", lambda it: it == it.strip() and it.isprintable()),
     "base_url": ("like https://openrouter.ai/api/v1", URL.fullmatch),
     "grace": number(0),
@@ -289,6 +289,7 @@ RULES: dict[str, Rule] = {  # by a key's name, else by its type
         f"a mapping of JSON values, but not of {', '.join(sorted(OWN_FIELDS))}",
         lambda it: OWN_FIELDS.isdisjoint(map(str.lower, it.keys())) and json.dumps(it, allow_nan=False),
     ),
+    "retries": whole(0, 99),
     "server": ("a mapping", lambda it: type(it) is dict),
     "tool_turns": ("critic or mixture", lambda it: it in ("critic", "mixture")),
     "Sequence[str]": ("a name or a list of names", lambda it: type(it) is list and all(map(str.strip, it))),
@@ -495,14 +496,10 @@ async def call_with_retries(exchange: Exchange, call: Call, ending: bytes) -> No
             call.attempts.append({"status": None, "error": None, "wait": None})
             log.debug("%s %s: attempt %d begins, %s", exchange.id, call.upstream.name, retry + 1, call.role)
             try:
-                await call_upstream(exchange, call, body)
-                call.error = None
-                return
+                return await call_upstream(exchange, call, body)
             except UpstreamError as error:
                 call.error = error.with_traceback(None)  # it would keep this frame alive in a cycle
-            what = exchange.config.redact(call.error.message)[
-                :MAX_ERROR_TEXT
-            ]  # last: half a key must not stay
+            what = exchange.config.redact(call.error.message)[:MAX_ERROR_TEXT]  # in this order: no half keys
             call.error.message = call.attempts[-1]["error"] = what
             log.warning("%s %s: attempt %d: %s", exchange.id, call.upstream.name, retry + 1, what)
             wait = next_wait(call, call.error, retry, exchange.gateway.rng)
@@ -511,8 +508,9 @@ async def call_with_retries(exchange: Exchange, call: Call, ending: bytes) -> No
             call.attempts[-1]["wait"] = round(wait, 3)
             await exchange.gateway.sleep(wait)
     except asyncio.CancelledError:
-        before = f", after {call.error.message}" if call.error else ""
-        call.error = UpstreamError(f"cut off{before}", timed_out=True)
+        if not call.message:
+            before = f", after {call.error.message}" if call.error else ""
+            call.error = UpstreamError(f"cut off{before}", timed_out=True)
         raise
     finally:
         call.seconds = time.monotonic() - call.began
@@ -531,8 +529,8 @@ async def call_upstream(exchange: Exchange, call: Call, body: Body) -> None:
     """One attempt: completes `call` or raises UpstreamError. Cancelling it closes the connection."""
     upstream, reply = call.upstream, Reply()
     url = upstream.base_url + "/chat/completions"
-    key = {"Authorization": f"Bearer {upstream.api_key}"} if upstream.api_key else {}
-    headers = {**key, **upstream.headers}
+    auth = {"Authorization": f"Bearer {upstream.api_key}"} if upstream.api_key else {}
+    headers = {**auth, **upstream.headers}
     expiry = call.expiry(upstream.timeout)
     try:
         async with asyncio.timeout_at(expiry):
@@ -540,7 +538,7 @@ async def call_upstream(exchange: Exchange, call: Call, body: Body) -> None:
             response = await post(url, data=body, headers=headers, allow_redirects=False)
             call.attempts[-1]["status"] = response.status
             streaming = response.status == 200 and response.content_type == "text/event-stream"
-            data = None if streaming else json_or_text(await response.read())  # closes it if cut off
+            data = None if streaming else json_or_text(await response.read())  # read() closes it if cut off
         async with response:
             if response.status != 200:
                 raise read_upstream_error(data, response.status, response.headers.get("Retry-After", ""))
@@ -548,6 +546,7 @@ async def call_upstream(exchange: Exchange, call: Call, body: Body) -> None:
             deltas = await read_stream(content, call, reply, expiry) if streaming else [reply.add(data)]
             reply.complete(call)
             if call.stream:
+                call.streamed = True
                 await call.stream.finish(completion(exchange, call), deltas)
                 exchange.answer = call
             if not content.at_eof():
@@ -605,9 +604,10 @@ async def read_stream(content: StreamReader, call: Call, reply: Reply, expiry: f
             lines, _, rest = rest.rpartition(b"\n")
             events, done = parse_events(lines)
             deltas = [delta for delta in map(reply.add, events) if delta]
-            if not finished and (deltas or reply.finish_reason):
-                finished = bool(reply.finish_reason)
-                expiry = call.expiry(LAST_WORDS if finished else call.upstream.timeout)
+            if reply.finish_reason and not finished:
+                finished, expiry = True, call.expiry(LAST_WORDS)
+            elif deltas and not finished:  # comments and empty chunks are no data
+                expiry = call.expiry(call.upstream.timeout)
             if done or not chunk:
                 break
             if call.stream and deltas:
@@ -680,6 +680,8 @@ class Reply:
             raw = {**raw, "content": "".join(part.get("text", "") for part in parts), "reasoning": thinking}
         if reasoning := raw.get("reasoning"):
             raw = {**raw, "reasoning": None, "reasoning_content": reasoning}
+        if refusal := raw.get("refusal"):  # OpenAI's, in place of content
+            raw = {**raw, "content": refusal}
         delta: Delta = {name: value for name, value in raw.items() if value and name != "role"}
         for name, value in delta.items():
             if name in self.text:
@@ -694,9 +696,9 @@ class Reply:
         """A piece made well-formed: an index always; id, type, name in a call's first; arguments as text."""
         function = piece.get("function") or {}
         call_id, name = str(piece.get("id") or ""), str(function.get("name") or "")
-        arguments = function.get("arguments") or ""
+        arguments = function.get("arguments", "")
         if not isinstance(arguments, str):
-            arguments = json_text(arguments)
+            arguments = json_text(arguments) if arguments is not None else ""
         extra = {key: value for key, value in piece.items() if key not in ("index", "id", "type", "function")}
         at = self.position(piece.get("index"), call_id, name)
         if at is not None:
@@ -729,6 +731,7 @@ class Reply:
         call.seconds = time.monotonic() - call.began
         if not (content.strip() or self.tool_calls or reasoning.strip()):
             raise UpstreamError("empty reply", status=200)
+        call.error = None
         call.message = {**self.extra, "role": "assistant", "content": content}
         if reasoning:
             call.message["reasoning_content"] = reasoning
@@ -750,15 +753,15 @@ def read_upstream_error(data: Any, status: int = 200, retry_after: str = "") -> 
     """What an error body says: an object, text or a list (Gemini). Under a 200 its code is the status."""
     body = data[0] if isinstance(data, list) and data else data
     is_object = isinstance(body, dict)
-    error = body.get("error") or body if is_object else body
-    fields = error if isinstance(error, dict) else {"message": error}
-    message = " ".join(str(fields.get("message") or fields.get("detail") or json_text(error)).split())
+    error = (body.get("error") or body) if is_object else body
+    said = error if isinstance(error, dict) else {"message": error}
+    message = " ".join(str(said.get("message") or said.get("detail") or json_text(error)).split())
     if status != 200:
         hint = "; check its base_url, model and api_key" if status in (401, 402, 403, 404) else ""
         return UpstreamError(f"{status}: {message}{hint}", status, parse_retry_after(retry_after))
     if not is_object:
         return UpstreamError(f"not a JSON object: {message}")
-    code = str(fields.get("code"))
+    code = str(said.get("code"))
     return UpstreamError(message, int(code) if code.isdecimal() and len(code) == 3 else 200)
 
 
@@ -766,7 +769,7 @@ def read_upstream_error(data: Any, status: int = 200, retry_after: str = "") -> 
 async def run_mixture(exchange: Exchange) -> Call:
     """The story of one request: the call with the answer, which a stream has sent by then, or ApiError."""
     mixture, last = exchange.mixture, exchange.last
-    ending = encode([last])[1:]
+    ending = encode([last])[1:]  # `{…}]`, which closes the list that `exchange.earlier` opens
     candidates: list[dict[str, Any]] = []
     to_critic_alone = last.get("role") == "tool" and mixture.tool_turns == "critic"
     if not mixture.is_passthrough and not to_critic_alone:
@@ -781,13 +784,13 @@ async def run_mixture(exchange: Exchange) -> Call:
         return exchange.answer
     if not candidates:
         raise no_answer(exchange.calls)
-    exchange.answer = next(call for call in exchange.calls if call.message)
-    exchange.outcome = "fallback"
-    log.warning("%s: no critic answered, so %s does", exchange.id, exchange.answer.upstream.name)
+    fallback = next(call for call in exchange.calls if call.message)
+    log.warning("%s: no critic answered, so %s does", exchange.id, fallback.upstream.name)
     if exchange.stream:
         delta = Reply().add_delta(candidates[0])  # gives its tool calls their indexes
-        await exchange.stream.finish(completion(exchange, exchange.answer), [delta])
-    return exchange.answer
+        await exchange.stream.finish(completion(exchange, fallback), [delta])
+    exchange.answer, exchange.outcome = fallback, "fallback"
+    return fallback
 
 
 async def fan_out(exchange: Exchange, ending: bytes) -> list[dict[str, Any]]:
@@ -800,6 +803,7 @@ async def fan_out(exchange: Exchange, ending: bytes) -> list[dict[str, Any]]:
     deadline = exchange.began + mixture.deadline / 2  # the other half is the critic's
     calls = [Call(exchange.config.models[name], "proposer", deadline) for name in mixture.models]
     exchange.calls += calls
+    cutoff = asyncio.timeout(None)  # set by the call that completes the quorum
 
     async def propose(call: Call) -> None:
         await call_with_retries(exchange, call, ending)
@@ -810,7 +814,7 @@ async def fan_out(exchange: Exchange, ending: bytes) -> list[dict[str, Any]]:
             await stream.write(stream.frames([{"reasoning_content": text}]))
 
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(None) as cutoff, asyncio.TaskGroup() as group:
+        async with cutoff, asyncio.TaskGroup() as group:
             for call in calls:
                 group.create_task(propose(call))
     return [call.message for call in calls if call.message]
@@ -863,8 +867,8 @@ def critic_prompt(instruction: str, candidates: list[dict[str, Any]], seed: int)
 
 
 def candidate_text(message: dict[str, Any]) -> str:
-    calls = message.get("tool_calls")
-    parts = (message["content"], calls and f"Tool calls: {json_text(calls)}")
+    text, calls = message["content"] or "", message.get("tool_calls")
+    parts = (text if text.strip() else "", calls and f"Tool calls: {json_text(calls)}")
     return "\n\n".join(filter(None, parts)) or str(message["reasoning_content"])
 
 
@@ -901,8 +905,8 @@ def client_usage(exchange: Exchange, answer: Call) -> dict[str, Any]:
 
 
 def tokens(usage: dict[str, Any] | None, name: str) -> int:
-    count = (usage or {}).get(name)
-    return count if type(count) is int and count > 0 else 0
+    value = (usage or {}).get(name)
+    return value if type(value) is int and value > 0 else 0
 
 
 def mixture_field(exchange: Exchange, answer: Call) -> dict[str, Any]:
@@ -922,8 +926,8 @@ def mixture_field(exchange: Exchange, answer: Call) -> dict[str, Any]:
 
 
 class EventStream:
-    """The client's stream. Its status line waits for the first frame, so that an early failure has its own
-    status. After that a failure can only be a frame, and the stream ends itself: nothing may follow."""
+    """The client's stream. Its status line waits for the first frame or comment, so that an early failure
+    has its own status. From there on a failure can only be a frame, and nothing may follow the end."""
 
     def __init__(self, request: web.Request, exchange: Exchange) -> None:
         self.request = request
@@ -938,8 +942,8 @@ class EventStream:
 
     async def finish(self, body: dict[str, Any], deltas: list[Delta]) -> None:
         """Sends the last deltas, then what a `completion` has beside its message; usage only if asked for."""
-        reason = body["choices"][0]["finish_reason"]
-        last = body | self.head | {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+        choice = {"index": 0, "delta": {}, "finish_reason": body["choices"][0]["finish_reason"]}
+        last = {**body, **self.head, "choices": [choice]}
         usage = {**self.head, "choices": [], "usage": last.pop("usage")}
         await self.end([last, usage] if self.include_usage else [last], self.frames(deltas))
 

@@ -400,6 +400,7 @@ BROKEN = [
     ("a URL with a password", "models: [{name: a, base_url: 'http://u:p@x'}]", "models[0].base_url: must be"),
     ("a key with a line break", model_with('api_key: "a\\nb"'), "models[0].api_key: "),
     ("an unknown section", MODEL + "modells: []", "modells: 'modells' is not a key"),
+    ("too many retries", MODEL.replace("}", ", retries: 100}"), "models[0].retries: must be a whole number"),
     ("a port out of range", MODEL + "server: {port: 70000}", "server.port: must be a whole number"),
     ("a port with a fraction", MODEL + "server: {port: 80.5}", "server.port: must be a whole number"),
     ("a port that is text", MODEL + "server: {port: '8000'}", "server.port: must be a whole number"),
@@ -635,7 +636,7 @@ FRAMINGS = [
         "naïve",
     ),
     ("split in every place", [bytes([byte]) for byte in OK + END + DONE], "naïve"),
-    ("all at once", [OK + END + DONE], "naïve"),
+    ("all at once", [b"".join(chunk({"content": char}) for char in "naïve") + END + DONE], "naïve"),
     (
         "a line of 1 MiB",
         [b'data: {"choices":[{"delta":{"content":"' + LONG + b'"}}]}\n\n', END, DONE],
@@ -666,6 +667,18 @@ async def test_json_to_a_streaming_call_is_served_as_one_piece(gateway, upstream
     frames = await ask_stream(await gateway(), model="a")
     assert [frame["choices"][0]["delta"] for frame in frames] == [
         {"role": "assistant", "content": "all at once", "reasoning_content": "hm"},
+        {},
+    ]
+
+
+async def test_text_that_comes_together_leaves_as_one_delta_in_its_order(gateway, upstream):
+    deltas = [{"reasoning": "h"}, {"reasoning": "m"}, {"content": "one "}, {"content": "two"}]
+    upstream.script("a", pieces(b"".join(map(chunk, deltas)) + END + DONE))
+    frames = await ask_stream(await gateway(), model="a")
+    assert [frame["choices"][0]["delta"] for frame in frames] == [
+        {"role": "assistant", "reasoning_content": "h"},
+        {"reasoning_content": "m"},
+        {"content": "one two"},
         {},
     ]
 
@@ -761,6 +774,18 @@ async def test_reasoning_is_handed_on_as_reasoning_content_and_never_as_content(
     }
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refusal_is_an_answer(gateway, upstream, stream):
+    refusal = {"content": None, "refusal": "I cannot help with that."}
+    upstream.script("a", pieces(chunk(refusal), END, DONE) if stream else says(refusal))
+    client = await gateway()
+    if stream:
+        assert content_of(await ask_stream(client, model="a")) == refusal["refusal"]
+    else:
+        message = (await ask(client, model="a"))[1]["choices"][0]["message"]
+        assert (message["content"], message["refusal"]) == (refusal["refusal"], refusal["refusal"])
+
+
 async def test_a_think_block_further_down_is_part_of_the_answer(gateway, upstream):
     upstream.script("a", "Write <think>hm</think>.")
     _, body = await ask(await gateway(), model="a")
@@ -814,12 +839,14 @@ async def test_a_tool_call_comes_out_well_formed_and_keeps_unknown_fields(gatewa
         "function": {"name": "read", "arguments": {"path": "x"}},
         "extra_content": {"google": {"sig": "s"}},
     }
-    upstream.script("a", says({"content": None, "tool_calls": [call, {**call, "id": "call_2"}]}, "stop"))
+    bare = {"id": "call_2", "function": {"name": "now", "arguments": {}}}
+    upstream.script("a", says({"content": None, "tool_calls": [call, bare]}, "stop"))
     _, body = await ask(await gateway(), model="a", tools=TOOLS)
     choice = body["choices"][0]
     first, second = choice["message"]["tool_calls"]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
-    assert first["id"].startswith("call_") and second["id"] == "call_2"
+    assert first["id"].startswith("call_")
+    assert second == {"id": "call_2", "type": "function", "function": {"name": "now", "arguments": "{}"}}
     assert first["type"] == "function" and first["extra_content"] == {"google": {"sig": "s"}}
     assert first["function"] == {"name": "read", "arguments": '{"path":"x"}'}
 
@@ -1027,7 +1054,7 @@ async def test_no_two_user_messages_come_in_a_row(gateway, upstream, last, count
 async def test_a_candidate_is_its_text_and_tool_calls_or_its_reasoning_if_there_is_neither(gateway, upstream):
     call = {"id": "1", "type": "function", "function": {"name": "read", "arguments": '{"path": "é"}'}}
     upstream.script("a", {"content": None, "tool_calls": [call]})
-    upstream.script("b", {"content": "", "reasoning": "only a thought"})
+    upstream.script("b", {"content": "\n", "reasoning": "only a thought"})
     upstream.script("c", {"content": "<think>hidden</think>shown"})
     await ask(await gateway())
     prompt = critic_prompt_of(upstream)
@@ -1271,6 +1298,16 @@ async def test_the_mixture_field_tells_of_every_call_what_it_took_and_why_it_fai
     assert body["mixture"]["calls"][0]["error"] is None
 
 
+async def test_a_call_that_was_tried_again_with_success_has_no_error(gateway, upstream):
+    upstream.script("critic", refuses(503), "the answer", refuses(503), "the answer")
+    client = await gateway()
+    _, body = await ask(client)
+    frames = await ask_stream(client)
+    for mixture in (body["mixture"], frames[-1]["mixture"]):
+        critic = mixture["calls"][-1]
+        assert (critic["ok"], critic["attempts"], critic["error"]) == (True, 2, None)
+
+
 # --- Answering: as server-sent events ---
 
 
@@ -1375,6 +1412,7 @@ EARLY = [
     ("an end without a finish", [pieces(chunk({"role": "assistant"}), DONE)]),
     ("a frame that is no JSON", [pieces(b"data: {oops\n\n")]),
     ("a frame that is no object", [pieces(b"data: [1]\n\n")]),
+    ("two objects in a frame", [pieces(b"data: {},{}\n\n", OK, END, DONE)]),
     ("an error frame", [pieces(b'data: {"error":{"message":"busy","code":503}}\n\n')]),
     ("an error in a choice", [pieces(b'data: {"choices":[{"error":{"message":"busy","code":502}}]}\n\n')]),
 ]
