@@ -148,6 +148,9 @@ def parse_retry_after(value: str, now: Callable[[], float] = time.time) -> float
 class ConfigError(Exception):
     """A configuration that cannot be used; `args` are the problems, a line each."""
 
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
 
 class ApiError(Exception):
     """Ends a request with this status and OpenAI's error object."""
@@ -385,7 +388,8 @@ def check_new(place: str, name: str, taken: Mapping[str, Any], problems: Problem
 
 
 def check_known(place: str, names: Sequence[str], models: dict[str, Upstream], problems: Problems) -> None:
-    if wrong := [repr(name) for name in names if name not in list(models)]:  # a list: for what has no hash
+    wrong = [repr(name) for name in names if name not in list(models)]  # a list: for what has no hash
+    if wrong and models:
         problems[place] = f"{', '.join(wrong)} is not a model; known: {', '.join(models)}"
 
 
@@ -1031,8 +1035,8 @@ def trace_of(exchange: Exchange, seconds: float) -> dict[str, Any]:
     calls = []
     for call in exchange.calls:
         started = datetime.fromtimestamp(exchange.created + call.began - exchange.began, UTC)
-        more = {"started": started, "attempts": call.attempts, "message": call.message}
-        calls.append({"upstream": call.upstream.name, **call.told(), **more})
+        more = {"model": call.upstream.model, "started": started, "attempts": call.attempts}
+        calls.append({"upstream": call.upstream.name, **call.told(), **more, "message": call.message})
     return {
         "request": exchange.request,
         "calls": calls,
@@ -1048,7 +1052,7 @@ async def handle_chat(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions, unless too many are under way."""
     gateway, limit = request.app[GATEWAY], request[CONFIG].server.max_requests
     if gateway.active >= limit:
-        message = f"{limit} requests are under way (server.max_requests)"
+        message = f"as many requests are under way as server.max_requests allows: {limit}"
         raise ApiError(429, "busy", message, headers={"Retry-After": "1"})
     gateway.active += 1
     try:
@@ -1228,7 +1232,7 @@ class Gateway:
             self.config = load_config(self.path, host=self.host)
             log.info("%s: read again", self.path)
         except ConfigError as error:
-            log.error("%s\nThe configuration before it stays in force.", "\n".join(error.args))
+            log.error("%s\nThe configuration before it stays in force.", error)
         if (old.host, old.port) != (self.config.server.host, self.config.server.port):
             log.warning("%s: server.host and server.port need a restart", self.path)
 
@@ -1328,7 +1332,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"--host {host}: the demo has no api_key, so it serves this machine alone")
         listener = listen(host, port)
     except ConfigError as error:
-        print(*error.args, sep="\n", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 2
     root = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     app = app or demo_app(root + "/demo/v1", **options)

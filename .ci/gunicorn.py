@@ -40,7 +40,7 @@ def main() -> None:
     demo, port, tools = free_port(), free_port(), Path(sys.executable).parent
     config = Path(tempfile.mkdtemp()) / "config.yaml"
     config.write_text(CONFIG % demo, encoding="utf-8")
-    line = re.search(r"`gunicorn (.*?) -b \S+`", Path("README.md").read_text(encoding="utf-8"))
+    line = re.search(r"/gunicorn (mom_gateway:.*?)`", Path("README.md").read_text(encoding="utf-8"))
     assert line, "the README shows no gunicorn command"
     gunicorn = [str(tools / "gunicorn"), *shlex.split(line[1]), "-b", f"127.0.0.1:{port}"]
     running = [
