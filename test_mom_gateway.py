@@ -1701,7 +1701,7 @@ async def test_json_nested_too_deeply_is_400_at_any_depth_and_never_500(gateway)
     """Between what can be decoded at first and what can be encoded further down lie a few levels."""
     client = await gateway()
     seen = set()
-    for depth in (400, *range(880, 980), 1100):
+    for depth in (400, *range(880, 980), 100_000):
         raw = b'{"messages": [{"role": "user", "content": "", "x": ' + b"[" * depth + b"]" * depth + b"}]}"
         async with post_bytes(client, raw) as response:
             seen.add(response.status)
