@@ -64,6 +64,7 @@ from functools import partial
 from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import yaml
@@ -90,6 +91,7 @@ CRITIC_REMINDER = "Now answer the user, without a word about candidates."  # fol
 RETRYABLE_STATUSES = frozenset({None, 408, 409, 425, 429, 500, 502, 503, 504, 529})
 MAX_WAIT = 60.0  # a longer Retry-After ends the attempts: somebody is waiting for the answer
 KEEP_ALIVE = 10.0  # how long a stream's status line is held back, then the time between two comments
+CLIENT_PATIENCE = 600.0  # a client that takes nothing from its stream for that long has gone
 LAST_WORDS = 5.0  # for the usage and [DONE] that should follow a finish_reason
 MAX_ERROR_TEXT = 500  # characters of an upstream's error that are repeated
 # Python's own 700 spends a tenth of the CPU on looking for cycles that are not there.
@@ -119,9 +121,19 @@ STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cach
 
 Headers = dict[str, str]
 log = logging.getLogger("mom_gateway")
+
+
+def finite(literal: str) -> float:
+    """The number in a JSON text; NaN, Infinity and 1e999 are none."""
+    value = float(literal)
+    if not math.isfinite(value):
+        raise ValueError(f"{literal} is no number of JSON")
+    return value
+
+
 # One encoder and one decoder: json.dumps and json.loads would make their own for each call.
 json_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-json_decode = json.JSONDecoder(parse_constant=int).decode  # int() refuses NaN and Infinity, which are no JSON
+json_decode = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode
 
 
 def encode(value: Any) -> bytes:
@@ -137,8 +149,11 @@ def backoff_delay(attempt: int, rng: Callable[[], float] = random.random) -> flo
 def parse_retry_after(value: str, now: Callable[[], float] = time.time) -> float | None:
     """Seconds to wait, from a number or an HTTP-date (RFC 9110, 10.2.3); None if it makes no sense."""
     try:
-        is_date = value[:1].isalpha()
-        seconds = max(0.0, parsedate_to_datetime(value).timestamp() - now()) if is_date else float(value)
+        if not value[:1].isalpha():
+            seconds = float(value)
+        else:
+            when = parsedate_to_datetime(value)
+            seconds = max(0.0, when.replace(tzinfo=when.tzinfo or UTC).timestamp() - now())
     except (ValueError, OverflowError):
         return None
     return seconds if 0 <= seconds < math.inf else None
@@ -254,13 +269,14 @@ class Config:
     mixtures: dict[str, Mixture]
 
     def redact(self, text: str) -> str:
-        """The text with each configured key blanked; those of up to three characters hide nothing."""
+        """The text with each configured key blanked, also escaped; up to three characters hide nothing."""
+        keys = [self.server.api_key, *(model.api_key for model in self.models.values())]
         headers = [item for model in self.models.values() for item in model.headers.items()]
         words = [word for name, value in headers if SECRET_HEADER.search(name) for word in value.split()]
-        keys = [word for word in words if len(word) > len("Bearer")]
-        keys += [self.server.api_key, *(model.api_key for model in self.models.values())]
+        keys += [word for word in words if word.lower() not in ("basic", "bearer", "token")]
         for key in sorted(keys, key=len, reverse=True):
-            text = text.replace(key, "(redacted)") if len(key) > 3 else text
+            for form in {key, json_text(key)[1:-1], quote(key, safe=""), key.replace("'", "''")}:
+                text = text.replace(form, "(redacted)") if len(key) > 3 else text
         return text
 
 
@@ -277,11 +293,12 @@ def whole(least: int, most: int = 65_535) -> Rule:
 
 
 def number(least: float) -> Rule:
-    return f"a number from {least:g} to 1e5", lambda it: type(it) in (int, float) and least <= it <= 1e5
+    return f"a number from {least:g} to 100000", lambda it: type(it) in (int, float) and least <= it <= 1e5
 
 
 RULES: dict[str, Rule] = {  # by a key's name, else by its annotation, which is text (see the first import)
-    "api_key": ("one line without space around", lambda it: it == it.strip() and it.isprintable()),
+    "allowed_hosts": ("names without a port", lambda it: type(it) is list and all(map(is_host, it))),
+    "api_key": ("text on one line, without space around", lambda it: it == it.strip() and it.isprintable()),
     "base_url": ("like https://openrouter.ai/api/v1", URL.fullmatch),
     "grace": number(0),
     "headers": ("a mapping of text on one line", lambda it: "".join(chain(*it.items())).isprintable()),
@@ -403,7 +420,7 @@ def read_section(kind: type, raw: Any, place: str, problems: Problems) -> Any:
         return kind(**values)
     for name, value in raw.items():
         if name not in rules:
-            shown = str(name).partition(":")[0]  # `api_key:sk-…` without a space is a name as well
+            shown = re.split(r"[^A-Za-z_]", str(name))[0]  # of the slip `api_key:sk-…` no more than that
             problems[f"{place}.{shown}"] = f"{shown!r} is not a key here; known: {', '.join(rules)}"
         elif value not in (None, ""):
             what, test = rules[name]
@@ -558,7 +575,8 @@ async def call_upstream(exchange: Exchange, call: Call, body: Body) -> None:
     except TimeoutError:
         late = time.monotonic() >= call.deadline
         message = "cut off at the deadline" if late else f"no data for {upstream.timeout:g} s"
-        raise UpstreamError(message, timed_out=True) from None
+        status = call.attempts[-1]["status"]  # what is still to come of an error's body changes nothing
+        raise UpstreamError(message, None if status == 200 else status, timed_out=True) from None
     except (ClientError, OSError, ValueError) as error:  # ValueError: no URL or header to send
         what = "broke off" if isinstance(error, aiohttp.ClientPayloadError) else "failed"
         raise UpstreamError(f"connection {what}: {error or type(error).__name__}") from None
@@ -610,8 +628,8 @@ async def read_stream(content: StreamReader, call: Call, reply: Reply, expiry: f
             deltas = [delta for delta in map(reply.add, events) if delta]
             if reply.finish_reason and not finished:
                 finished, expiry = True, call.expiry(LAST_WORDS)
-            elif deltas and not finished:  # comments and empty chunks are no data
-                expiry = call.expiry(call.upstream.timeout)
+            elif deltas:  # comments and empty chunks are no data
+                expiry = call.expiry(LAST_WORDS if finished else call.upstream.timeout)
             if done or not chunk:
                 break
             if call.stream and deltas:
@@ -642,7 +660,7 @@ def parse_events(lines: bytes) -> tuple[list[Any], bool]:
 async def read_on(content: StreamReader) -> None:
     """Reads what follows [DONE], so that the connection returns to the pool: a new one would pay for TLS."""
     with contextlib.suppress(ClientError, TimeoutError):
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(0.25):
             while await content.readany():
                 pass
 
@@ -664,7 +682,7 @@ class Reply:
 
     def add(self, data: Any) -> Delta:
         """Takes in a completion or a chunk; returns its delta in the client's form, {} if it has no data."""
-        if not isinstance(data, dict) or data.get("error"):
+        if not isinstance(data, dict) or data.get("error") or data.get("object") == "error":
             raise read_upstream_error(data)
         try:
             if isinstance(data.get("usage"), dict):
@@ -680,8 +698,8 @@ class Reply:
 
     def add_delta(self, raw: dict[str, Any]) -> Delta:
         if isinstance(parts := raw.get("content"), list):  # Mistral's: text, or thinking with parts in it
-            thinking = "".join(it["text"] for part in parts for it in part.get("thinking", ()))
-            raw = {**raw, "content": "".join(part.get("text", "") for part in parts), "reasoning": thinking}
+            thinking = "".join(text_of(part.get("thinking")) for part in parts)
+            raw = {**raw, "content": text_of(parts), "reasoning": thinking or raw.get("reasoning")}
         if reasoning := raw.get("reasoning"):
             raw = {**raw, "reasoning": None, "reasoning_content": reasoning}
         if refusal := raw.get("refusal"):  # OpenAI's, in place of content
@@ -706,9 +724,11 @@ class Reply:
         extra = {key: value for key, value in piece.items() if key not in ("index", "id", "type", "function")}
         at = self.position(piece.get("index"), call_id, name)
         if at is not None:
-            self.tool_calls[at] |= extra
-            self.tool_calls[at]["function"]["arguments"] += arguments
-            return {"index": at, **extra, "function": {"arguments": arguments}}
+            known = self.tool_calls[at]
+            late = {"name": name} if name and not known["function"]["name"] else {}
+            known |= extra
+            known["function"] |= {**late, "arguments": known["function"]["arguments"] + arguments}
+            return {"index": at, **extra, "function": {**late, "arguments": arguments}}
         function = {**function, "name": name, "arguments": arguments}
         call = {"id": call_id or f"call_{secrets.token_hex(12)}", "type": "function", **extra}
         self.tool_calls.append({**call, "function": dict(function)})  # a copy, whose arguments will grow
@@ -716,14 +736,19 @@ class Reply:
         return {"index": len(self.indexes) - 1, **call, "function": function}
 
     def position(self, index: Any, call_id: str, name: str) -> int | None:
-        """Which tool call a piece goes on with; None: it begins a new one."""
-        latest_first = range(len(self.indexes) - 1, -1, -1)
+        """Which tool call a piece goes on with; None: it begins a new one, as each other name does."""
+        names = [call["function"]["name"] for call in self.tool_calls]
+        latest_first = [at for at in reversed(range(len(names))) if not name or names[at] in ("", name)]
         for at in latest_first:
             if self.tool_calls[at]["id"] == call_id and index in (None, self.indexes[at]):
                 return at
         if name and (call_id or index is None):  # Gemini's whole calls, without an index or all with index 0
             return None
-        return next((at for at in latest_first if self.indexes[at] == index), None)
+        for at in latest_first:
+            if self.indexes[at] == index:
+                return at
+        nameless = latest_first and not name and not call_id  # it cannot begin a call
+        return latest_first[0] if nameless and None in (index, self.indexes[-1]) else None
 
     def complete(self, call: Call) -> None:
         """Fills `call` with the whole assistant message; raises UpstreamError if there is nothing in it."""
@@ -744,6 +769,11 @@ class Reply:
             call.message |= {"content": content or None, "tool_calls": self.tool_calls}
             if call.finish_reason == "stop":
                 call.finish_reason = "tool_calls"
+
+
+def text_of(content: Any) -> str:
+    """The text in a message's content: text, or a list of parts."""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or ())
 
 
 def json_or_text(raw: bytes) -> Any:
@@ -900,23 +930,26 @@ def completion(exchange: Exchange, answer: Call) -> dict[str, Any]:
 
 def client_usage(exchange: Exchange, answer: Call) -> dict[str, Any]:
     """What editors measure their context window by: the conversation as they see it, not what it cost."""
-    usage = {**(answer.usage or {}), **{name: tokens(answer.usage, name) for name in TOKEN_COUNTS}}
-    prompts = [tokens(call.usage, "prompt_tokens") for call in exchange.calls if call.role == "proposer"]
+    usage = {**(answer.usage or {}), **tokens(answer.usage)}
+    prompts = [tokens(call.usage)["prompt_tokens"] for call in exchange.calls if call.role == "proposer"]
     if not prompts:
         return usage
     largest, written = max(prompts), usage["completion_tokens"]
     return {"prompt_tokens": largest, "completion_tokens": written, "total_tokens": largest + written}
 
 
-def tokens(usage: dict[str, Any] | None, name: str) -> int:
-    value = (usage or {}).get(name)
-    return value if type(value) is int and value > 0 else 0
+def tokens(usage: dict[str, Any] | None) -> dict[str, int]:
+    """The three counts of a usage, integers whatever it holds; a total that is missing is made up."""
+    values = [(usage or {}).get(name) for name in TOKEN_COUNTS]
+    prompt, completion, total = (it if type(it) is int and it > 0 else 0 for it in values)
+    return dict(zip(TOKEN_COUNTS, (prompt, completion, total or prompt + completion), strict=True))
 
 
 def mixture_field(exchange: Exchange, answer: Call) -> dict[str, Any]:
     """Who answered, what each call took, and the usage of all, with "cost" where upstreams report it."""
     usages = [call.usage for call in exchange.calls if call.usage]
-    total: dict[str, Any] = {name: sum(tokens(usage, name) for usage in usages) for name in TOKEN_COUNTS}
+    counts = [tokens(usage) for usage in usages]
+    total: dict[str, Any] = {name: sum(it[name] for it in counts) for name in TOKEN_COUNTS}
     costs = [usage["cost"] for usage in usages if type(usage.get("cost")) in (int, float)]
     if costs:
         total["cost"] = sum(costs)
@@ -976,10 +1009,10 @@ class EventStream:
     async def write(self, data: bytes, last: bool = False) -> None:
         """Raises CancelledError where the client has gone: ConnectionError would pass for an upstream's."""
         try:
-            async with self.lock:
+            async with self.lock, asyncio.timeout(CLIENT_PATIENCE):
                 await self.response.prepare(self.request)  # does nothing the second time
                 await (self.response.write_eof(data) if last else self.response.write(data))
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             raise asyncio.CancelledError from None
 
 
@@ -1138,7 +1171,8 @@ def without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 def find_mixture(config: Config, name: str | None) -> Mixture:
     known = config.mixtures
     if name is not None and name not in known:
-        raise ApiError(404, "model_not_found", f"no model {name!r}; known: {', '.join(known)}", "model")
+        shown = config.redact(name)[:100]
+        raise ApiError(404, "model_not_found", f"no model {shown!r}; known: {', '.join(known)}", "model")
     return next(iter(known.values())) if name is None else known[name]
 
 
@@ -1198,6 +1232,10 @@ def host_of(value: str) -> str:
     return match[1].strip("[]").lower() if match else ""
 
 
+def is_host(name: str) -> bool:
+    return name.lower() == host_of(f"[{name}]" if name.count(":") > 1 else name)
+
+
 def is_loopback(host: str) -> bool:
     return host in ("127.0.0.1", "::1", "localhost") or host.endswith(".localhost")
 
@@ -1214,7 +1252,7 @@ class Gateway:
     config: Config
     host: str  # listened on, until a restart
     path: Path | None = None  # of the configuration, to read it again after an edit
-    stamp: tuple[int, int] | None = None  # of that file
+    stamp: tuple[int, int, int] | None = None  # of that file
     trace_folder: Path | None = None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     rng: Callable[[], float] = random.random
@@ -1237,11 +1275,11 @@ class Gateway:
             log.warning("%s: server.host and server.port need a restart", self.path)
 
 
-def file_stamp(path: Path) -> tuple[int, int] | None:
+def file_stamp(path: Path) -> tuple[int, int, int] | None:
     """Changes with the file; None if it cannot be read."""
     with contextlib.suppress(OSError):
         status = path.stat()
-        return status.st_mtime_ns, status.st_size
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size
     return None
 
 
@@ -1310,9 +1348,9 @@ async def handle_demo(calls_of_busy: Iterator[int], request: web.Request) -> web
     if model == "slow":
         await asyncio.sleep(1)
     if isinstance(content, list):
-        content = "\n\n".join(str(part.get("text")) for part in content if isinstance(part, dict))
-    question, _, prompt = str(content).partition("\n\n" + CRITIC_INSTRUCTION.rstrip())
-    answer = f"Scripted answer of the demo's {model!r}, not of a real model. You asked: {question}"
+        content = "\n\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    question, _, prompt = str(content).partition(CRITIC_INSTRUCTION.rstrip())
+    answer = f"Scripted answer of the demo's {model!r}, not of a real model. You asked: {question.strip()}"
     answer += f"\nI was given {len(re.findall('^<candidate', prompt, re.M))} candidates." if prompt else ""
     return web.json_response({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}]})
 
@@ -1323,6 +1361,9 @@ def main(arguments: list[str] | None = None) -> int:
     gc.set_threshold(GC_THRESHOLD)
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("aiohttp.server").setLevel(
+        logging.CRITICAL
+    )  # quotes malformed requests, with their keys
     options = {"host": args.host, "trace_folder": args.debug_requests}
     try:
         app = None if args.demo else create_app(args.config, **options)
@@ -1347,6 +1388,7 @@ async def explain_wait(app: web.Application) -> None:
     """Says what a stop waits for, and lets a second Ctrl-C end it at once."""
     if active := app[GATEWAY].active:
         log.info("stopping: %d under way, for 30 s at most; Ctrl-C again ends them now", active)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
@@ -1368,7 +1410,7 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         why = getattr(error, "strerror", error)
         raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another by --port") from None
 

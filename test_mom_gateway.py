@@ -20,6 +20,7 @@ import time
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -281,6 +282,7 @@ RETRY_AFTER = [
     ("a fraction", "0.25", 0.25),
     ("zero", "0", 0.0),
     ("a date to come", format_datetime(datetime.fromtimestamp(NOW + 30, UTC), usegmt=True), 30.0),
+    ("a date without a zone, which is UTC", datetime.fromtimestamp(NOW + 30, UTC).ctime(), 30.0),
     ("a past date", format_datetime(datetime.fromtimestamp(NOW - 30, UTC), usegmt=True), 0.0),
     ("nothing", "", None),
     ("words", "soon", None),
@@ -400,6 +402,11 @@ BROKEN = [
     ("a URL with a password", "models: [{name: a, base_url: 'http://u:p@x'}]", "models[0].base_url: must be"),
     ("a key with a line break", model_with('api_key: "a\\nb"'), "models[0].api_key: "),
     ("an unknown section", MODEL + "modells: []", "modells: 'modells' is not a key"),
+    (
+        "an allowed host with a port",
+        MODEL + "server: {allowed_hosts: ['b:80']}",
+        "server.allowed_hosts: must be",
+    ),
     ("too many retries", MODEL.replace("}", ", retries: 100}"), "models[0].retries: must be a whole number"),
     ("a port out of range", MODEL + "server: {port: 70000}", "server.port: must be a whole number"),
     ("a port with a fraction", MODEL + "server: {port: 80.5}", "server.port: must be a whole number"),
@@ -455,7 +462,16 @@ def test_a_broken_configuration_is_refused_with_one_line_that_says_where(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "slip", ["api_key:sk-secret", "api_key: !sk-secret", "api_key: *sk-secret", "api_key: [sk-secret"]
+    "slip",
+    [
+        "api_key:sk-secret",
+        "api_key sk-secret:",
+        "api_key=sk-secret: x",
+        "sk-secret",
+        "api_key: !sk-secret",
+        "api_key: *sk-secret",
+        "api_key: [sk-secret",
+    ],
 )
 def test_no_complaint_shows_a_key_that_stands_beside_a_slip(tmp_path, slip):
     assert "sk-secret" not in str(problems_of(tmp_path, model_with(slip)))
@@ -728,6 +744,13 @@ async def test_the_connection_is_used_again_even_if_its_stream_ends_a_moment_aft
     assert ports[0] == ports[1]
 
 
+async def test_data_after_a_finish_reason_is_waited_for_too(gateway, upstream, monkeypatch):
+    monkeypatch.setattr(mom_gateway, "LAST_WORDS", 0.15)
+    parts = [part for _ in range(5) for part in (chunk({"content": "more "}, "stop"), pause(0.06))]
+    upstream.script("a", pieces(*parts, DONE))
+    assert content_of(await ask_stream(await gateway(), model="a")) == "more " * 5
+
+
 AFTER_FINISH = [
     ("silence", [forever]),
     ("comments without end", [part for _ in range(100) for part in (b": ping\n\n", pause(0.03))]),
@@ -757,6 +780,18 @@ MESSAGES = [
     ("a leading think block", {"content": "\n<think>\nhm\n</think>\n\nyes"}, "yes", "hm"),
     ("a think block that is never closed", {"content": "<think>on and on"}, "", "on and on"),
     ("content in parts", {"content": [THOUGHT, *PARTS]}, "yes", "hm"),
+    (
+        "parts with text, null and Anthropic's thinking",
+        {"content": [{"thinking": "hm"}, {"text": None}, *PARTS]},
+        "yes",
+        "hm",
+    ),
+    (
+        "content in parts, OpenRouter's reasoning beside them",
+        {"content": PARTS, "reasoning": "hm"},
+        "yes",
+        "hm",
+    ),
     ("content in parts, reasoning beside them", {"content": PARTS, "reasoning_content": "hm"}, "yes", "hm"),
 ]
 
@@ -890,6 +925,27 @@ TOOL_STREAMS = [
         "one id for two",
         [[call_piece('{"x":1}', "f", id="1", index=0)], [call_piece("{}", "g", id="1", index=1)]],
     ),
+    (
+        "one id and one index for two",
+        [[call_piece('{"x":1}', "f", id="1", index=0), call_piece("{}", "g", id="1", index=0)]],
+    ),
+    ("index 0 and no id for two", [[call_piece('{"x":1}', "f", index=0)], [call_piece("{}", "g", index=0)]]),
+    (
+        "an index in the first piece alone",
+        [
+            [call_piece("", "f", id="1", index=0)],
+            [call_piece('{"x":1}')],
+            [call_piece("{}", "g", id="2", index=1)],
+        ],
+    ),
+    (
+        "the name after the id",
+        [
+            [call_piece("", id="1", index=0)],
+            [call_piece('{"x":1}', "f", index=0)],
+            [call_piece("{}", "g", id="2", index=1)],
+        ],
+    ),
 ]
 
 
@@ -901,10 +957,11 @@ async def test_streamed_tool_calls_come_out_well_formed(gateway, upstream, delta
     calls = {}
     for frame in frames:
         for piece in frame["choices"][0]["delta"].get("tool_calls", ()):
-            call = calls.setdefault(piece["index"], {"arguments": ""})
+            call = calls.setdefault(piece["index"], {"arguments": "", "name": ""})
             if not call["arguments"] and "id" in piece:
-                assert piece["type"] == "function"
-                call.update(id=piece["id"], name=piece["function"]["name"])
+                assert piece["type"] == "function" and "name" in piece["function"]
+                call["id"] = piece["id"]
+            call["name"] += piece["function"].get("name", "")
             call["arguments"] += piece["function"]["arguments"]
             assert isinstance(piece["function"]["arguments"], str)
     assert [calls[index]["name"] for index in sorted(calls)] == ["f", "g"]
@@ -939,6 +996,18 @@ ERROR_BODIES = [
     ("an error without a message", {"error": {"reason": "why"}}),
     ("an empty list", ["why"]),
 ]
+
+
+async def test_an_error_status_counts_even_if_its_body_never_ends(gateway, upstream, waits):
+    async def stalls(request):
+        response = web.StreamResponse(status=400, headers={"Content-Length": "900"})
+        await response.prepare(request)
+        await response.write(b'{"error": ')
+        await asyncio.sleep(60)
+
+    upstream.script("a", stalls)
+    status, _ = await ask(await gateway(a={"timeout": 0.1}), model="a")
+    assert (status, waits) == (400, [])
 
 
 @cases("body", ERROR_BODIES)
@@ -1271,6 +1340,13 @@ async def test_the_three_counts_of_usage_are_always_integers_whatever_the_upstre
         assert [(type(count), count) for count in counts] == [(int, 0)] * 3
 
 
+async def test_a_total_that_is_missing_is_the_sum(gateway, upstream):
+    upstream.script("a", says("x", usage={"prompt_tokens": 5, "completion_tokens": 3}))
+    client = await gateway({"models": ["a"], "critic": "a"})
+    assert (await ask(client, model="a"))[1]["usage"]["total_tokens"] == 8
+    assert (await ask(client))[1]["mixture"]["usage"]["total_tokens"] == 16
+
+
 async def test_a_passthrough_keeps_the_upstreams_own_usage_and_has_no_mixture_field(gateway, upstream):
     usage = {
         "prompt_tokens": 3,
@@ -1414,6 +1490,7 @@ EARLY = [
     ("a frame that is no object", [pieces(b"data: [1]\n\n")]),
     ("two objects in a frame", [pieces(b"data: {},{}\n\n", OK, END, DONE)]),
     ("an error frame", [pieces(b'data: {"error":{"message":"busy","code":503}}\n\n')]),
+    ("an error that is the frame", [pieces(b'data: {"object":"error","message":"busy","code":503}\n\n')]),
     ("an error in a choice", [pieces(b'data: {"choices":[{"error":{"message":"busy","code":502}}]}\n\n')]),
 ]
 
@@ -1578,6 +1655,20 @@ async def test_an_abandoned_request_is_traced_and_one_that_was_refused_is_not(ga
     assert (trace["outcome"], trace["calls"][0]["error"]) == ("abandoned", "cut off")
 
 
+def test_a_key_is_blanked_in_its_escaped_forms_too(tmp_path):
+    key = 'it\'s+"secret"/='
+    config = load(tmp_path, MODEL + "server: {api_key: '${KEY}'}", KEY=key)
+    for form in (key, json.dumps(key), quote(key, safe=""), yaml.safe_dump({"a": key})):
+        assert "secret" not in config.redact(f"echo of {form}")
+
+
+async def test_a_key_given_as_a_model_is_not_echoed(gateway, caplog):
+    caplog.set_level(logging.INFO)
+    client = await gateway(models={"api_key": "sk-upstream"})
+    _, body = await ask(client, model="sk-upstream")
+    assert "sk-upstream" not in str(body) + caplog.text
+
+
 async def test_a_trace_that_cannot_be_written_costs_a_warning_and_no_answer(gateway, tmp_path, caplog):
     (tmp_path / "traces").write_text("a file is in the way")
     client = await gateway(traces=True)
@@ -1680,6 +1771,7 @@ BAD_BODIES = [
     ("text", b'"hi"'),
     ("not UTF-8", b'{"a": "\xff"}'),
     ("a number that is none", b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}'),
+    ("a number too large", b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}'),
     ("nested 100,000 deep", b'{"messages": ' + b"[" * 100_000),
     ("nested 100,000 deep and closed", b'{"messages": [{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]}"),
 ]
@@ -2134,6 +2226,8 @@ async def test_a_signal_lets_a_running_stream_end_then_exits_with_0(start):
             under_way = asyncio.create_task(ask_stream(client, model="slow"))
             await asyncio.sleep(0.4)
             demo.process.send_signal(number)
+            await asyncio.sleep(0.2)
+            demo.process.send_signal(signal.SIGTERM)  # an impatient supervisor's changes nothing
             assert "slow" in content_of(await under_way)
             code, _, err = await asyncio.to_thread(demo.end)
         assert code == 0
