@@ -464,7 +464,7 @@ class Call:
     attempts: list[dict[str, Any]] = field(default_factory=list)  # [{"status", "error", "wait"}, …]
     message: dict[str, Any] | None = None  # the assistant's; None: no usable answer
     finish_reason: str = "stop"
-    usage: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None  # the three counts, integers, and what else the upstream reports
     error: UpstreamError | None = None  # of the last attempt
 
     def expiry(self, patience: float) -> float:
@@ -682,12 +682,15 @@ class Reply:
 
     def add(self, data: Any) -> Delta:
         """Takes in a completion or a chunk; returns its delta in the client's form, {} if it has no data."""
-        if not isinstance(data, dict) or data.get("error") or data.get("object") == "error":
+        if not isinstance(data, dict) or data.get("error"):
             raise read_upstream_error(data)
         try:
             if isinstance(data.get("usage"), dict):
                 self.usage = data["usage"]
-            choice = (data.get("choices") or [{}])[0]
+            choices = data.get("choices")
+            if not choices and data.get("object") == "error":  # vLLM's in a stream
+                raise read_upstream_error(data)
+            choice = (choices or [{}])[0]
             if choice.get("error"):
                 raise read_upstream_error(choice)
             if reason := choice.get("finish_reason"):
@@ -756,7 +759,7 @@ class Reply:
         reasoning = "".join(self.text["reasoning_content"])
         if not call.stream and (thinking := THINKING.match(content)):
             content, reasoning = content[thinking.end() :], reasoning + thinking[1].strip()
-        call.usage = self.usage
+        call.usage = with_counts(self.usage) if self.usage else None
         call.seconds = time.monotonic() - call.began
         if not (content.strip() or self.tool_calls or reasoning.strip()):
             raise UpstreamError("empty reply", status=200)
@@ -930,26 +933,28 @@ def completion(exchange: Exchange, answer: Call) -> dict[str, Any]:
 
 def client_usage(exchange: Exchange, answer: Call) -> dict[str, Any]:
     """What editors measure their context window by: the conversation as they see it, not what it cost."""
-    usage = {**(answer.usage or {}), **tokens(answer.usage)}
-    prompts = [tokens(call.usage)["prompt_tokens"] for call in exchange.calls if call.role == "proposer"]
-    if not prompts:
+    usage = answer.usage or with_counts({})
+    proposers = [call for call in exchange.calls if call.role == "proposer"]
+    if not proposers:
         return usage
-    largest, written = max(prompts), usage["completion_tokens"]
+    largest = max((call.usage["prompt_tokens"] for call in proposers if call.usage), default=0)
+    written = usage["completion_tokens"]
     return {"prompt_tokens": largest, "completion_tokens": written, "total_tokens": largest + written}
 
 
-def tokens(usage: dict[str, Any] | None) -> dict[str, int]:
-    """The three counts of a usage, integers whatever it holds; a total that is missing is made up."""
-    values = [(usage or {}).get(name) for name in TOKEN_COUNTS]
-    prompt, completion, total = (it if type(it) is int and it > 0 else 0 for it in values)
-    return dict(zip(TOKEN_COUNTS, (prompt, completion, total or prompt + completion), strict=True))
+def with_counts(usage: dict[str, Any]) -> dict[str, Any]:
+    """The usage with its three counts made integers, whatever was there, and the sum for a missing total."""
+    prompt, completion, total = (
+        it if type(it) is int and it > 0 else 0 for it in map(usage.get, TOKEN_COUNTS)
+    )
+    total = total or prompt + completion
+    return {**usage, "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
 
 def mixture_field(exchange: Exchange, answer: Call) -> dict[str, Any]:
     """Who answered, what each call took, and the usage of all, with "cost" where upstreams report it."""
     usages = [call.usage for call in exchange.calls if call.usage]
-    counts = [tokens(usage) for usage in usages]
-    total: dict[str, Any] = {name: sum(it[name] for it in counts) for name in TOKEN_COUNTS}
+    total: dict[str, Any] = {name: sum(usage[name] for usage in usages) for name in TOKEN_COUNTS}
     costs = [usage["cost"] for usage in usages if type(usage.get("cost")) in (int, float)]
     if costs:
         total["cost"] = sum(costs)
@@ -975,7 +980,7 @@ class EventStream:
         self.role = {"role": "assistant"}  # goes with the first delta
         options = exchange.request.get("stream_options")
         self.include_usage = isinstance(options, dict) and options.get("include_usage")
-        self.ticking = asyncio.create_task(self.keep_alive())
+        self.ticking: Any = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.start_ticking)
 
     async def finish(self, body: dict[str, Any], deltas: list[Delta]) -> None:
         """Sends the last deltas, then what a `completion` has beside its message; usage only if asked for."""
@@ -1000,11 +1005,14 @@ class EventStream:
                 self.role = {}
         return frames
 
+    def start_ticking(self) -> None:
+        self.ticking = asyncio.create_task(self.keep_alive())
+
     async def keep_alive(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # the task would keep it, and it this stream
             while True:
-                await asyncio.sleep(KEEP_ALIVE)
                 await self.write(b": keep-alive\n\n")
+                await asyncio.sleep(KEEP_ALIVE)
 
     async def write(self, data: bytes, last: bool = False) -> None:
         """Raises CancelledError where the client has gone: ConnectionError would pass for an upstream's."""
