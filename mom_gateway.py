@@ -119,7 +119,6 @@ HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-][a-z0-9._-]*)(?::\d{1,5})?", re.I
 URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/@?#:\[\]\s]+)(:\d{1,5})?(/[^@?#\s]*)?")
 STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-Headers = dict[str, str]
 log = logging.getLogger("mom_gateway")
 
 
@@ -171,7 +170,12 @@ class ApiError(Exception):
     """Ends a request with this status and OpenAI's error object."""
 
     def __init__(
-        self, status: int, code: str, message: str, param: str | None = None, headers: Headers | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
     ):
         super().__init__(message)
         kind = "server_error" if status >= 500 else "invalid_request_error"
@@ -980,7 +984,8 @@ class EventStream:
         self.role = {"role": "assistant"}  # goes with the first delta
         options = exchange.request.get("stream_options")
         self.include_usage = isinstance(options, dict) and options.get("include_usage")
-        self.ticking: Any = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.start_ticking)
+        self.ticking: asyncio.TimerHandle | asyncio.Task[None]
+        self.ticking = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.start_ticking)
 
     async def finish(self, body: dict[str, Any], deltas: list[Delta]) -> None:
         """Sends the last deltas, then what a `completion` has beside its message; usage only if asked for."""
@@ -999,8 +1004,10 @@ class EventStream:
         after = b',"finish_reason":null}]}\n\n'
         frames = b""
         for names, group in groupby(deltas, dict.keys):
-            text = names == {"content"}
-            for delta in [{"content": "".join(it["content"] for it in group)}] if text else group:
+            same = list(group)
+            if names == {"content"}:
+                same = [{"content": "".join(delta["content"] for delta in same)}]
+            for delta in same:
                 frames += self.before + encode(self.role | delta) + after
                 self.role = {}
         return frames
@@ -1009,7 +1016,7 @@ class EventStream:
         self.ticking = asyncio.create_task(self.keep_alive())
 
     async def keep_alive(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):  # the task would keep it, and it this stream
+        with contextlib.suppress(asyncio.CancelledError):  # it would keep this stream alive in a cycle
             while True:
                 await self.write(b": keep-alive\n\n")
                 await asyncio.sleep(KEEP_ALIVE)
@@ -1369,9 +1376,8 @@ def main(arguments: list[str] | None = None) -> int:
     gc.set_threshold(GC_THRESHOLD)
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("aiohttp.server").setLevel(
-        logging.CRITICAL
-    )  # quotes malformed requests, with their keys
+    # aiohttp quotes malformed requests, with the keys in them
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     options = {"host": args.host, "trace_folder": args.debug_requests}
     try:
         app = None if args.demo else create_app(args.config, **options)

@@ -2321,6 +2321,18 @@ async def client_of(client, rng):
     return "stream"
 
 
+async def test_a_client_that_stops_reading_its_stream_ends_all_calls(gateway, upstream, monkeypatch):
+    monkeypatch.setattr(mom_gateway, "CLIENT_PATIENCE", 0.2)
+    upstream.script("a", pieces(*[chunk({"content": "x" * 2**20})] * 64, END, DONE))
+    client = await gateway()
+    body = json.dumps({"model": "a", "stream": True, "messages": QUESTION}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection((client.host, client.port)) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        await eventually(lambda: upstream.open == 1)
+        await eventually(lambda: upstream.open == 0 and client.app[mom_gateway.GATEWAY].active == 0)
+
+
 async def test_through_300_requests_with_random_faults_each_client_has_one_well_formed_outcome(
     gateway, upstream, caplog
 ):
