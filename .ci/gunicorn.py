@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -14,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 QUESTION = {"model": "mom", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+COMMAND = "mom_gateway:create_runner -k aiohttp.GunicornWebWorker -w 4"
 CONFIG = "models: [{name: quick, base_url: 'http://127.0.0.1:%d/demo/v1'}]\n"
 
 
@@ -40,9 +40,8 @@ def main() -> None:
     demo, port, tools = free_port(), free_port(), Path(sys.executable).parent
     config = Path(tempfile.mkdtemp()) / "config.yaml"
     config.write_text(CONFIG % demo, encoding="utf-8")
-    line = re.search(r"/gunicorn (mom_gateway:.*?)`", Path("README.md").read_text(encoding="utf-8"))
-    assert line, "the README shows no gunicorn command"
-    gunicorn = [str(tools / "gunicorn"), *shlex.split(line[1]), "-b", f"127.0.0.1:{port}"]
+    assert COMMAND in Path("README.md").read_text(encoding="utf-8"), "the README shows another gunicorn command"
+    gunicorn = [str(tools / "gunicorn"), *shlex.split(COMMAND), "-b", f"127.0.0.1:{port}"]
     running = [
         subprocess.Popen(
             [sys.executable, "mom_gateway.py", "--demo", "--port", str(demo)], stdout=subprocess.DEVNULL
