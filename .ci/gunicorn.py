@@ -40,7 +40,9 @@ def main() -> None:
     demo, port, tools = free_port(), free_port(), Path(sys.executable).parent
     config = Path(tempfile.mkdtemp()) / "config.yaml"
     config.write_text(CONFIG % demo, encoding="utf-8")
-    assert COMMAND in Path("README.md").read_text(encoding="utf-8"), "the README shows another gunicorn command"
+    assert COMMAND in Path("README.md").read_text(encoding="utf-8"), (
+        "the README shows another gunicorn command"
+    )
     gunicorn = [str(tools / "gunicorn"), *shlex.split(COMMAND), "-b", f"127.0.0.1:{port}"]
     running = [
         subprocess.Popen(
