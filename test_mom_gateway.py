@@ -510,6 +510,8 @@ def test_all_problems_are_reported_at_once_each_with_its_place_and_what_would_be
         "a boolean for a number": (gpt_with("retries: true"), "models[0].retries", "True"),
         "a number for a boolean": (mixture_with("show_candidates: 2"), "mixtures[0].show_candidates", "2"),
         "a list for a mapping": (gpt_with("params: [1]"), "models[0].params", "[1]"),
+        "a header whose name is no text": (gpt_with("headers: {on: x}"), "models[0].headers", "must be"),
+        "a number of 400 digits": (gpt_with(f"timeout: {'9' * 400}"), "models[0].timeout", "must be"),
         "a mixture without models": (TWO + "mixtures: [{name: m}]", "mixtures[0].models", "required"),
         "a mixture of itself": (TWO + "mixtures: [{name: m, models: m}]", "mixtures[0].models", "'m' is not"),
         "a mixture called like a model": (
@@ -1030,6 +1032,12 @@ OPENROUTER = {"message": "Provider returned error", "code": 400, "metadata": MET
             1,
             "422: odd",
         ),
+        "a list for a parameter": (
+            sends_json({"error": {"message": "odd", "param": ["x"]}}, 400),
+            1,
+            "400: odd",
+        ),
+        "a message nested deeply": (sends_json(b'{"message":' * 900 + b"1" + b"}" * 900), 1, "a: "),
         "several errors": (sends_json({"errors": [{"message": "the cause"}]}, 400), 1, "400: the cause"),
         "an error of plain text": (sends_json(b"<h1>the cause</h1>", 400), 1, "400: <h1>the cause"),
         "an error without a body": (sends_json(b"", 500), 3, "500: Internal Server Error"),
@@ -1261,6 +1269,41 @@ async def test_the_pieces_of_tool_calls_are_put_together(ask_a, pieces, stream):
     assert first[0]
     assert second[0]
     assert first[0] != second[0]
+
+
+async def test_the_id_of_a_tool_call_is_text_whatever_the_upstream_sends(ask_a):
+    call = {"id": ["x"], "function": {"name": "f", "arguments": "{}"}}
+    answer = await ask_a(says({"tool_calls": [call]}))
+    assert answer.tool_calls() == [("['x']", "f", "{}")]
+
+
+async def test_a_brace_inside_a_string_does_not_join_two_tool_calls(ask_a):
+    pieces = [piece('{"code":"if (x) {"}', "f", index=0), piece("{}", "f", index=0)]
+    answer = await ask_a(sends(*[delta(tool_calls=[piece]) for piece in pieces], END, DONE))
+    assert [arguments for _, _, arguments in answer.tool_calls()] == ['{"code":"if (x) {"}', "{}"]
+
+
+async def test_an_empty_piece_with_the_id_of_a_complete_tool_call_begins_no_other(ask_a):
+    pieces = [piece(X, "f", id="1", index=0), piece("", "f", id="1", index=0)]
+    answer = await ask_a(sends(*[delta(tool_calls=[piece]) for piece in pieces], END, DONE))
+    assert answer.tool_calls() == [("1", "f", X)]
+
+
+@cases(
+    "odd",
+    {
+        "a field that is null, then a list": [delta(content="", odd=None), delta(content="", odd=[1])],
+        "a field that is a list, then null": [delta(content="", odd=[1]), delta(content="", odd=None)],
+        "usage that is text": [{"choices": [], "usage": "n/a"}],
+        "a number beyond all numbers": [b'data: {"choices":[{"delta":{"odd":1e999}}]}\n\n'],
+        "content parts that are strings": [delta(content=[""])],
+    },
+)
+@as_json_and_as_a_stream
+async def test_odd_fields_do_not_spoil_a_good_answer(ask_a, odd, stream):
+    answer = await ask_a(sends(*odd, delta(content="good"), END, DONE), stream=stream)
+    assert answer.text == "good"
+    assert "Infinity" not in str(answer.body) + str(answer.frames)
 
 
 async def test_the_first_piece_of_a_streamed_tool_call_has_index_id_type_and_name(ask_a):
