@@ -7,7 +7,7 @@ This is how one request travels through this file:
     handle_chat                      reads the request, and sends the answer as JSON
       or answer_as_stream            sends it as an event stream, piece by piece
         run_mixture
-            fan_out                  asks all proposers at once
+            fan_out                  asks all proposers at once, never as a stream
                 call_with_retries    repeats call_upstream until it succeeds or must not be repeated
                     call_upstream    sends one HTTP request
                         read_reply   reads what comes back into a Reply
@@ -22,7 +22,7 @@ The words used here:
     proposer       an upstream that is asked for a candidate, which is a first answer
     critic         an upstream that writes the answer from the candidates
     quorum, grace  how many candidates are enough, and how long the others may take after that
-    passthrough    one upstream asked directly, without a critic
+    passthrough    one upstream asked directly, without candidates
 
 `python mom_gateway.py --demo` shows it all at work, without a key. If you want to change something, start
 with CRITIC_INSTRUCTION, critic_prompt, backoff_delay and RETRYABLE_STATUSES. For odd replies, see Reply and
@@ -91,7 +91,7 @@ SERVING: dict[str, Any] = {
     "handler_cancellation": True,  # When a client leaves, its upstream calls are cancelled.
     "shutdown_timeout": 14.5,  # aiohttp waits for this twice, so running requests get about 30 seconds.
 }
-GC_THRESHOLD = 20_000  # Python's own 700 costs a tenth of the CPU time.
+GC_THRESHOLD = 20_000  # Python's own default costs a tenth of the CPU time.
 HINTS = {  # advice that is added to an upstream's error, by its status
     **dict.fromkeys((301, 302, 303, 307, 308), "; redirects are not followed, so check `base_url`"),
     400: "; if this model does not take a field, `params: {FIELD: null}` removes it",
@@ -143,7 +143,7 @@ class ApiError(Exception):
 
 @dataclass(slots=True)
 class Failure:
-    """Why an upstream gave no answer. It is kept, because an exception would keep the whole request."""
+    """Why an upstream gave no answer. An exception would keep the request alive by its traceback."""
 
     message: str
     status: int | None = None  # of the reply, or the code of an error inside a reply with status 200
@@ -187,12 +187,12 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Proposers (`models`) and critics, by name. A passthrough has one critic and no proposers."""
+    """Proposers (`models`) and critics, by name. A passthrough has no proposers; its critic is the model."""
 
     name: str
     models: tuple[str, ...]  # the proposers
-    critic: tuple[str, ...]  # by default the first model
-    quorum: int = 1  # by default all models but one, and at least one
+    critic: tuple[str, ...]  # if none is configured, the first model
+    quorum: int = 1  # if none is configured, all models but one
     grace: float = 30.0
     deadline: float = 600.0
     tool_turns: str = "critic"  # or mixture: whom a tool result goes to
@@ -207,7 +207,7 @@ class Config:
     mixtures: dict[str, Mixture]  # what a client can ask for, with a passthrough for each model
 
     def redact(self, text: str) -> str:
-        """Replaces every configured key. Keys shorter than eight characters are not replaced."""
+        """Replaces each configured key of eight or more characters."""
         keys = [self.server.api_key]
         for model in self.models.values():
             keys.append(model.api_key)
@@ -238,7 +238,10 @@ def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path}: {place}{getattr(error, 'problem', error)}") from None
+        problem = str(getattr(error, "problem", error))
+        if "got '{'" in problem:
+            problem += "; inside { }, a variable needs quotes: '${NAME}'"
+        raise ConfigError(f"{path}: {place}{problem}") from None
     if reader.problems:
         problems = [f"{path}: {place[1:]}: {text}" for place, text in reader.problems.items() if text]
         raise ConfigError("\n".join(problems))
@@ -256,7 +259,7 @@ class ConfigReader:
     def read(self, tree: Any) -> Config:
         if not isinstance(tree, dict):
             raise ValueError("must be a mapping with the keys server, models and mixtures")
-        tree = {key: value for key, value in tree.items() if not str(key).startswith("x-")}
+        tree = {key: value for key, value in tree.items() if not str(key).startswith("x-")}  # for anchors
         kinds = {"server": dict, "models": list, "mixtures": list}
         file = self.read_mapping(self.substitute(tree, ""), "", kinds)
         server = Server(**self.read_mapping(file.get("server", {}), ".server", get_type_hints(Server)))
@@ -301,7 +304,7 @@ class ConfigReader:
             word = re.split("[^A-Za-z0-9_]", str(key))[0]  # The rest of `api_key:sk-…` would be a secret.
             if key not in kinds:
                 self.report(f"{place}.{word}", f"'{word}' is not a key here; known: {known}")
-            elif value not in (None, ""):
+            elif value not in (None, "", []):
                 try:
                     values[key] = convert(value, kinds[key])
                 except ValueError as error:
@@ -335,12 +338,13 @@ class ConfigReader:
         elif value is None:
             advice = f"type `export {name}=...` or write ${{{name}:-default}}; --demo needs no key"
             problem = f"the environment variable {name} is not set; {advice}"
-            is_new = problem not in self.problems.values()  # Each variable is reported once.
-            self.report(place, problem if is_new else "")
+            if problem in self.problems.values():  # Each variable is reported once,
+                problem = ""  # and this only marks the place.
+            self.report(place, problem)
         return value or ""
 
     def report(self, place: str, problem: str, value: Any = None) -> None:
-        # After a slip, such as a forgotten space or dash, the value of any field can hold a key.
+        # After a slip, such as a forgotten space, a value may be `api_key:sk-…`. Such values are not shown.
         if value is not None and not re.search("key|headers", f"{place} {value!r}"):
             problem += f", not {value!r:.100}"
         self.problems.setdefault(place, problem)  # Later problems of a place follow from the first.
@@ -377,7 +381,7 @@ class Call:
 
     upstream: Upstream
     role: str  # proposer, critic or passthrough
-    deadline: float  # by time.monotonic(), like `began`
+    deadline: float  # by time.monotonic(), the clock of the event loop
     began: float = field(default_factory=time.monotonic)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: float | None = None  # None until the call has ended
@@ -433,7 +437,7 @@ async def run_mixture(chat: Chat, send: Send | None) -> Call:
         raise no_answer(chat.calls)
     chat.answer, chat.outcome = candidates[0], "fallback"
     if send:
-        await send([Reply().add_message(candidates[0].message or {}, is_whole=True)])
+        await send([Reply().add_message(candidates[0].message or {}, is_whole=True)])  # as one delta
     return candidates[0]
 
 
@@ -458,7 +462,9 @@ async def fan_out(chat: Chat, send: Send | None) -> list[Call]:
                 if call.ok and send and mixture.show_candidates:
                     text = f"{call.upstream.name} ({call.seconds:.1f} s)\n{candidate_text(call)}\n\n"
                     await send([{"reasoning_content": text}])
-            grace_end = time.monotonic() + mixture.grace  # The first one counts, since the others are later.
+            grace_end = (
+                time.monotonic() + mixture.grace
+            )  # Later rounds only make it later, so `end` moves once.
             if sum(call.ok for call in calls) >= mixture.quorum and grace_end < end:
                 end, reason = grace_end, f"cut off {mixture.grace:g} s after the quorum"
     finally:
@@ -471,7 +477,7 @@ async def fan_out(chat: Chat, send: Send | None) -> list[Call]:
 
 
 async def ask_critics(chat: Chat, send: Send | None) -> Call | None:
-    """Returns the call of the first critic that answers, if one does. Raises ApiError if one breaks off."""
+    """Returns the call of the first critic that answers. Raises ApiError if one fails in mid-answer."""
     names = chat.mixture.critic
     if not chat.prompt:  # There is no candidate to fall back on, so the other models are asked as well.
         names = tuple(dict.fromkeys(names + chat.mixture.models))
@@ -511,11 +517,11 @@ def no_answer(calls: list[Call]) -> ApiError:
             code = failures[0].code or "upstream_refused"
             error = ApiError(failures[0].status or 400, code, message, failures[0].param)
     elif all(400 <= (failure.status or 0) < 500 and not failure.retry for failure in failures):
-        # A wrong key or model name stays wrong. Clients would repeat a 502, but not a 400.
+        # A wrong key or model name stays wrong. Clients that ignore the header below would repeat a 502.
         error = ApiError(400, "upstream_refused", message)
     elif all(failure.timed_out for failure in failures):
         error = ApiError(504, "upstream_timeout", message)
-    error.response.headers["x-should-retry"] = "false"  # The gateway has retried already.
+    error.response.headers["x-should-retry"] = "false"  # for OpenAI's SDKs: the gateway has retried already
     return error
 
 
@@ -608,14 +614,16 @@ def request_body(chat: Chat, call: Call, streamed: bool) -> dict[str, Any]:
     body = {name: value for name, value in (chat.request | params).items() if name not in removed}
     body |= {"model": call.upstream.model, "messages": messages_for(chat, call)}
     if streamed:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        own = {"stream": True, "stream_options": {"include_usage": True}}
+        body |= {name: value for name, value in own.items() if params.get(name, value) is not None}
     return body
 
 
 def messages_for(chat: Chat, call: Call) -> list[Message]:
     """Returns the conversation for an upstream."""
     messages = [{**message} for message in chat.request["messages"]]
-    # Thinking models need their earlier reasoning in a tool loop, but other models refuse it.
+    # Some models need their own earlier reasoning in a tool loop, and others refuse any. So it only goes to a
+    # passthrough and to the critic of a tool loop.
     if call.role == "proposer" or (call.role == "critic" and not chat.ends_in_tool_result):
         for message in messages:
             if message.get("role") == "assistant":
@@ -642,7 +650,10 @@ def connection_failure(error: Exception, upstream: Upstream) -> Failure:
         # The upstream may still be working. Another attempt would be paid for as well, so there is none.
         return Failure(f"no data for {upstream.timeout:g} s", timed_out=True)
     if isinstance(error, aiohttp.ClientError | OSError) and not isinstance(error, aiohttp.InvalidURL):
-        return Failure(f"connection failed: {error or type(error).__name__}", retry=True)
+        advice = ""
+        if isinstance(error, aiohttp.ClientConnectorError):
+            advice = "; check `base_url`, and whether that server is running"
+        return Failure(f"connection failed: {error or type(error).__name__}{advice}", retry=True)
     return Failure(f"the call is not possible: {error}", 422)
 
 
@@ -696,9 +707,7 @@ EVENT = re.compile(rb"^(?:\xef\xbb\xbf)?data:(.*)", re.MULTILINE)  # perhaps aft
 ERROR_FIELDS = ("error", "message", "detail", "errors", "msg", "loc", "reason", "base_resp", "status_msg")
 OPENROUTER_FIELDS = ("metadata", "raw", "provider_name")  # in OpenRouter's errors
 MESSAGE_FIELDS = {"role", "content", "reasoning", "reasoning_content", "tool_calls"}
-FINISH_REASONS = dict.fromkeys(
-    ("length", "max_tokens"), "length"
-)  # an upstream's -> OpenAI's; call_upstream has the others
+FINISH_REASONS = dict.fromkeys(("length", "max_tokens"), "length")  # for all others, see call_upstream
 FINISH_REASONS |= dict.fromkeys(("content_filter", "safety"), "content_filter")
 THINKING = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
 
@@ -753,7 +762,7 @@ class Reply:
             raise UpstreamError(Failure(f"not JSON: {frame[:60]}", 200, retry=True))
         if not isinstance(frame, dict) or frame.get("error") or frame.get("object") == "error":
             raise UpstreamError(read_error(frame, 200))
-        is_first = not (self.content or self.reasoning or self.tool_calls.calls)
+        is_empty = not (self.content or self.reasoning or self.tool_calls.calls)
         deltas = []
         try:
             if isinstance(frame.get("usage"), dict):
@@ -761,14 +770,14 @@ class Reply:
                     name: value for name, value in frame["usage"].items() if value or name not in self.usage
                 }
                 self.usage |= new  # A later 0 does not replace a number.
-            for choice in frame.get("choices") or []:  # Some relays put text and tool calls into two.
+            for choice in frame.get("choices") or []:  # Some relays put text and tool calls into two choices.
                 if choice.get("error"):
                     raise UpstreamError(read_error(choice, 200))
                 if choice.get("finish_reason"):
                     self.finish_reason = str(choice["finish_reason"])
                 if choice.get("delta"):
                     deltas.append(self.add_message(choice["delta"], is_whole=False))
-                elif choice.get("message") and is_first:  # Some streams end with the whole message.
+                elif choice.get("message") and is_empty:  # Some streams end with the whole message.
                     deltas.append(self.add_message(choice["message"], is_whole=True))
         except (AttributeError, LookupError, TypeError) as error:
             raise UpstreamError(Failure(f"not the shape of a chat completion: {error}", 200)) from None
@@ -799,7 +808,7 @@ class Reply:
         return delta
 
     def message(self, split_thinking: bool) -> Message | None:
-        """Returns the assistant's message so far, if any. A leading <think> block can become reasoning."""
+        """Returns the assistant's message so far, if any. In what was not streamed, <think> is reasoning."""
         content, reasoning = "".join(self.content), "".join(self.reasoning)
         thinking = THINKING.match(content) if split_thinking else None
         if thinking:
@@ -837,8 +846,8 @@ class ToolCalls:
     """All tool calls of a reply.
 
     In a whole message, every entry is a call of its own. In a stream, a piece continues the latest call that
-    nothing in the piece contradicts: not its index, not its id, not its name. But a piece that brings a name
-    again after complete JSON arguments begins a new call.
+    has the same index, id and name, as far as both are known. But a name that comes again after complete
+    arguments begins a new call.
     """
 
     def __init__(self) -> None:
@@ -877,7 +886,8 @@ class ToolCalls:
             same_id = not call_id or call.id in ("", call_id)
             same_name = not name or call.name in ("", name)
             if same_index and same_id and same_name:
-                begins_again = name and call.name and (arguments or not call_id) and call.is_complete()
+                is_echo = call_id and not arguments  # Some upstreams repeat the id and the name at the end.
+                begins_again = name and call.name and not is_echo and call.is_complete()
                 return None if begins_again else call
         return None
 
@@ -897,7 +907,7 @@ class ToolCall:
     name: str
     fields: dict[str, Any] = field(default_factory=dict)  # what the client gets
     arguments: list[str] = field(default_factory=list)  # in pieces, because joining them each time is slow
-    scanned: int = 0  # how many pieces is_complete has seen, and the state in which that left it:
+    scanned: int = 0  # how many pieces is_complete has read, and its state after them:
     depth: int = 0
     in_string: bool = False
     escaped: bool = False
@@ -982,7 +992,7 @@ def head(chat: Chat, kind: str) -> dict[str, Any]:
 
 
 def client_usage(chat: Chat, answer: Call) -> dict[str, Any]:
-    """Returns the usage without the candidates, which tells editors how full their context window is."""
+    """Returns the usage as if there were no candidates. Editors read from it how full their context is."""
     usage = answer.usage or with_counts({})
     if not chat.prompt:
         return usage
@@ -1069,17 +1079,17 @@ async def handle_chat(request: web.Request) -> web.StreamResponse:
         answer = await run_mixture(chat, send=None)
         return web.Response(body=encode(completion(chat, answer)), content_type="application/json")
     except asyncio.CancelledError:
-        end_calls(chat, "cut off, since the client left")
+        end_calls(chat, "cut off, because the client left or the gateway was stopped")
         if not chat.answer:
             chat.outcome = "abandoned"
         raise
     except Exception as error:
         end_calls(chat, "cut off by an error of the gateway")
-        failure = as_api_error(error, request).with_traceback(None)  # It would refer to this frame.
+        failure = as_api_error(error, request).with_traceback(None)  # The traceback would keep this frame.
         chat.outcome = failure.response.status
         if not stream.response.prepared:
             return failure.response
-        # Clients miss an error in a frame with `choices`, and some repeat the request after other types.
+        # Clients miss an error beside `choices`, and some repeat the request if its type is another one.
         frame = {"error": {**failure.error, "type": "upstream_error"}}
         await stream.write([frame], b"data: [DONE]\n\n")
         return stream.response
@@ -1166,7 +1176,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         check_access(request, gateway)
         return await handler(request)
     except Exception as error:
-        failure = as_api_error(error, request).with_traceback(None)  # It would refer to this frame.
+        failure = as_api_error(error, request).with_traceback(None)  # The traceback would keep this frame.
         where = f"{request.method} {request.path} (Host {request.headers.get('Host')})"
         line = f"refused: {failure.response.status} {where}: {failure}"
         log.info("%s", clean(gateway.config.redact(line)))
@@ -1182,7 +1192,7 @@ def check_access(request: web.Request, gateway: Gateway) -> None:
     allowed = [*names, *(f"[{name}]" for name in names)]  # An IPv6 address stands in brackets.
     if not LOOPBACK.fullmatch(host) and re.sub(r":[0-9]{1,5}$", "", host) not in allowed:
         raise ApiError(403, "host_not_allowed", "this Host is not allowed; add it to server.allowed_hosts")
-    # Browsers name the page that sends a request. Pages from other machines must not spend money here.
+    # Browsers name the page that sends a request. Pages from the internet must not spend money here.
     origins = [origin.lower().partition("://")[2] for origin in headers.getall("Origin", [])]
     if not all(map(LOOPBACK.fullmatch, origins)) or headers.get("Sec-Fetch-Site") == "cross-site":
         raise ApiError(403, "origin_not_allowed", "web pages of other sites are not allowed")
@@ -1191,7 +1201,8 @@ def check_access(request: web.Request, gateway: Gateway) -> None:
         scheme, _, given = headers.get("Authorization", "").partition(" ")
         key = given.strip().encode("utf-8", "surrogateescape")
         if scheme.lower() != "bearer" or not hmac.compare_digest(key, server.api_key.encode()):
-            raise ApiError(401, "invalid_api_key", "send the header 'Authorization: Bearer <server.api_key>'")
+            message = "the API key must be server.api_key, sent as 'Authorization: Bearer <server.api_key>'"
+            raise ApiError(401, "invalid_api_key", message)
     # A web page may send text/plain to any address, without a CORS preflight.
     if request.method == "POST" and request.content_type != "application/json":
         raise ApiError(415, "unsupported_media_type", "send the header 'Content-Type: application/json'")
@@ -1215,8 +1226,11 @@ def as_api_error(error: Exception, request: web.Request) -> ApiError:
 def end_call(chat: Chat, call: Call) -> None:
     """Stores how long a call took and logs it, never with text of the conversation."""
     call.seconds = time.monotonic() - call.began
-    tokens = f"{call.usage['total_tokens']} tokens" if call.usage else "done"
-    result = call.failure.message if call.failure else tokens
+    result = f"{call.usage['total_tokens']} tokens" if call.usage else "done"
+    if call.failure:
+        result = call.failure.message
+    if len(call.attempts) > 1:
+        result = f"{len(call.attempts)} attempts, {result}"
     log.info("%s %s %s: %.1f s, %s", chat.id, call.role, call.upstream.name, call.seconds, result)
 
 
@@ -1353,6 +1367,7 @@ async def open_session(app: web.Application) -> AsyncIterator[None]:
 async def create_runner() -> web.AppRunner:
     """For gunicorn. Its own runner does not cancel a request when the client leaves."""
     gc.set_threshold(GC_THRESHOLD)
+    logging.basicConfig(level=logging.INFO)
     return web.AppRunner(create_app(os.environ.get("MOM_CONFIG", "config.yaml")), **SERVING)
 
 
@@ -1440,8 +1455,13 @@ def serve(args: argparse.Namespace) -> None:
     key = '-H "Authorization: Bearer $MOM_API_KEY" ' if server.api_key else ""
     body = '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
     lines.append(f"curl -s {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
+    app.on_shutdown.append(explain_shutdown)
     text = "\n".join(lines)  # aiohttp calls `print` when it is ready.
     web.run_app(app, sock=listener, print=lambda _: print(text, flush=True), backlog=1024, **SERVING)
+
+
+async def explain_shutdown(app: web.Application) -> None:
+    log.info("stopping; running requests get about 30 seconds; press Ctrl-C again to stop at once")
 
 
 if __name__ == "__main__":

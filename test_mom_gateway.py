@@ -1884,7 +1884,10 @@ def test_a_server_prints_its_mixtures_and_a_curl_line_that_does_not_show_the_key
     assert mixture == "Model mix: a, b; critic: b, a"
     assert curl.startswith(f"curl -s {url.removeprefix('Base URL: ')}/chat/completions ")
     assert ' -H "Authorization: Bearer $MOM_API_KEY" ' in curl
-    assert server.end(signal.SIGTERM) == (0, "", "")
+    code, out, err = server.end(signal.SIGTERM)
+    assert code == 0
+    assert out == ""
+    assert "press Ctrl-C again to stop at once" in err
 
 
 @cases(
