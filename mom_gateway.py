@@ -463,9 +463,8 @@ async def fan_out(chat: Chat, send: Send | None) -> list[Call]:
                 if call.ok and send and mixture.show_candidates:
                     text = f"{call.upstream.name} ({call.seconds:.1f} s)\n{candidate_text(call)}\n\n"
                     await send([{"reasoning_content": text}])
-            grace_end = (
-                time.monotonic() + mixture.grace
-            )  # Later rounds only make it later, so `end` moves once.
+            # Later rounds only make grace_end later, so `end` moves once.
+            grace_end = time.monotonic() + mixture.grace
             if sum(call.ok for call in calls) >= mixture.quorum and grace_end < end:
                 end, reason = grace_end, f"cut off {mixture.grace:g} s after the quorum"
     finally:
@@ -511,12 +510,10 @@ def no_answer(calls: list[Call]) -> ApiError:
         error.response.headers["Retry-After"] = str(max(1, math.ceil(min(waits, default=1))))
         return error
     if statuses in ({400}, {413}, {422}):
-        error = ApiError(failures[0].status or 400, "upstream_refused", message)
-        if (
-            len({(failure.code, failure.param) for failure in failures}) == 1
-        ):  # Editors act on some, such as context_length_exceeded.
-            code = failures[0].code or "upstream_refused"
-            error = ApiError(failures[0].status or 400, code, message, failures[0].param)
+        # Editors act on codes such as context_length_exceeded.
+        agreed = {(failure.code, failure.param) for failure in failures}
+        code, param = agreed.pop() if len(agreed) == 1 else (None, None)
+        error = ApiError(failures[0].status or 400, code or "upstream_refused", message, param)
     elif all(400 <= (failure.status or 0) < 500 and not failure.retry for failure in failures):
         # A wrong key or model name stays wrong. Clients that ignore the header below would repeat a 502.
         error = ApiError(400, "upstream_refused", message)
@@ -707,8 +704,6 @@ def parse_retry_after(value: str) -> float | None:
 
 # --- Reading replies: upstreams differ in many small ways ---
 EVENT = re.compile(rb"^(?:\xef\xbb\xbf)?data:(.*)", re.MULTILINE)  # perhaps after a byte order mark
-ERROR_FIELDS = ("error", "message", "detail", "errors", "msg", "loc", "reason", "base_resp", "status_msg")
-OPENROUTER_FIELDS = ("metadata", "raw", "provider_name")  # in OpenRouter's errors
 MESSAGE_FIELDS = {"role", "content", "reasoning", "reasoning_content", "tool_calls"}
 FINISH_REASONS = dict.fromkeys(("length", "max_tokens"), "length")  # for all others, see call_upstream
 FINISH_REASONS |= dict.fromkeys(("content_filter", "safety"), "content_filter")
@@ -769,10 +764,9 @@ class Reply:
         deltas = []
         try:
             if isinstance(frame.get("usage"), dict):
-                new = {
-                    name: value for name, value in frame["usage"].items() if value or name not in self.usage
-                }
-                self.usage |= new  # A later 0 does not replace a number.
+                for name, value in frame["usage"].items():
+                    if value or name not in self.usage:  # A later 0 does not replace a number.
+                        self.usage[name] = value
             for choice in frame.get("choices") or []:  # Some relays put text and tool calls into two choices.
                 if choice.get("error"):
                     raise UpstreamError(read_error(choice, 200))
@@ -939,6 +933,10 @@ class ToolCall:
 
 
 # --- Reading errors: what people need to know, wherever it stands ---
+ERROR_FIELDS = ("error", "message", "detail", "errors", "msg", "loc", "reason", "base_resp", "status_msg")
+OPENROUTER_FIELDS = ("metadata", "raw", "provider_name")  # in OpenRouter's errors
+
+
 def read_error(body: Any, status: int) -> Failure:
     """Describes an error body of any shape. In a reply with status 200, its code is taken as the status."""
     error = body[0] if isinstance(body, list) and body else body  # Gemini's is a list.
