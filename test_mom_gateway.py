@@ -1745,7 +1745,8 @@ async def test_with_random_faults_every_client_gets_one_well_formed_outcome(star
 
     await asyncio.gather(*[visit() for _ in range(30)])
     await eventually(lambda: upstream.running == 0)
-    assert [task for task in asyncio.all_tasks() if "/mom_gateway.py" in repr(task)] == []
+    # A task that was cancelled needs one more turn of the loop.
+    await eventually(lambda: not [task for task in asyncio.all_tasks() if "/mom_gateway.py" in repr(task)])
     assert len(outcomes) == 300
     assert set(outcomes) >= {200, "stream", "left"}
     assert set(outcomes) <= {200, 400, 429, 502, 504, "stream", "left"}
