@@ -1187,6 +1187,14 @@ async def test_a_failure_after_the_status_line_is_a_frame_without_choices(ask_a,
     assert answer.error["type"] == "upstream_error"
 
 
+async def test_a_critics_stream_that_fails_before_its_first_data_is_tried_again(gateway, upstream):
+    busy = sends({"error": {"message": "busy", "code": 503}})
+    upstream.script("critic", refuses(500), busy, says("third time lucky"))
+    answer = await gateway.ask(stream=True)
+    assert answer.text == "third time lucky"
+    assert answer.calls("attempts")[3:] == [3]
+
+
 @cases("reply", ("a break", sends(HELLO, cut=True)), ("an end without a finish_reason", sends(HELLO)))
 async def test_a_critics_stream_that_fails_after_its_first_data_is_final(start_gateway, upstream, reply):
     gateway = await start_gateway(mixture={"critic": ["critic", "a"]})
