@@ -116,10 +116,15 @@ def finite(text: str) -> float | None:
     return float(text) if math.isfinite(float(text)) else None
 
 
+def reject_constant(name: str) -> None:
+    """Raises ValueError for NaN and Infinity, which are not JSON, although Python accepts them."""
+    raise ValueError(f"{name} is not JSON")
+
+
 # These are made once, because json.dumps and json.loads would make new ones each time.
 to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 to_ascii_json = json.JSONEncoder(separators=(",", ":")).encode
-from_json = json.JSONDecoder(parse_float=finite, parse_constant=int).decode  # int("NaN") raises ValueError.
+from_json = json.JSONDecoder(parse_float=finite, parse_constant=reject_constant).decode
 
 
 def encode(value: Any) -> bytes:
@@ -1119,8 +1124,8 @@ async def read_chat(request: web.Request) -> Chat:
     if request.client_max_size < MAX_REQUEST_BYTES:  # the limit of an outer application
         request = request.clone(client_max_size=MAX_REQUEST_BYTES)
     try:
-        body = from_json((await request.read()).decode())
-    except (ValueError, RecursionError, web.RequestPayloadError) as error:
+        body = from_json((await request.read()).decode("utf-8-sig"))
+    except (ValueError, web.RequestPayloadError) as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
     except web.HTTPRequestEntityTooLarge:
         raise ApiError(413, "body_too_large", f"the body exceeds {MAX_REQUEST_BYTES >> 20} MiB") from None
@@ -1144,7 +1149,7 @@ def find_mixture(config: Config, name: str | None) -> Mixture:
     if name is None:
         return next(iter(config.mixtures.values()))
     if name not in config.mixtures:
-        message = f"no model '{clean(config.redact(name))}'; known: {', '.join(config.mixtures)}"
+        message = f"no model {config.redact(name)!r:.100}; known: {', '.join(config.mixtures)}"
         raise ApiError(404, "model_not_found", message, "model")
     return config.mixtures[name]
 
@@ -1201,7 +1206,8 @@ def check_access(request: web.Request, gateway: Gateway) -> None:
     if server.api_key and request.match_info.handler is not handle_health:
         scheme, _, given = headers.get("Authorization", "").partition(" ")
         key = given.strip().encode("utf-8", "surrogateescape")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key, server.api_key.encode()):
+        expected = server.api_key.encode("utf-8", "surrogateescape")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key, expected):
             message = "the API key must be server.api_key, sent as 'Authorization: Bearer <server.api_key>'"
             raise ApiError(401, "invalid_api_key", message)
     # A web page may send text/plain to any address, without a CORS preflight.
@@ -1215,7 +1221,8 @@ def as_api_error(error: Exception, request: web.Request) -> ApiError:
         return error
     if isinstance(error, web.HTTPException):
         path = "/v1/models" if request.method == "GET" else "/v1/chat/completions"
-        message = f"no {request.method} {request.path:.100} here; use {error.headers.get('Allow', path)}"
+        message = f"no {request.method} {request.path} here; use {error.headers.get('Allow', path)}"
+        message = clean(request.app[GATEWAY].config.redact(message))
         return ApiError(error.status, error.reason.lower().replace(" ", "_"), message)
     if isinstance(error, RecursionError):
         return ApiError(400, "invalid_json", "the request, or a reply to it, is nested too deeply")
@@ -1385,14 +1392,15 @@ def demo_config(url: str) -> Config:
 
 async def handle_demo(request: web.Request) -> web.StreamResponse:
     """Answers for `quick` at once, for `slow` after a second, and for `busy` every other time."""
-    body = await request.json()
-    if body["model"] == "busy" and next(busy_calls) % 2 == 0:
+    chat = await read_chat(request)
+    body, name = chat.request, chat.mixture.name
+    if name == "busy" and next(busy_calls) % 2 == 0:
         error = {"error": "busy every other time, to show a retry"}
         return web.json_response(error, status=429, headers={"Retry-After": "1"})
-    if body["model"] == "slow":
+    if name == "slow":
         await asyncio.sleep(1)
     question, _, prompt = text_of(body["messages"][-1].get("content")).partition(CRITIC_INSTRUCTION)
-    answer = f"This is a scripted answer of the demo model '{body['model']}'. You asked: {question.strip()}"
+    answer = f"This is a scripted answer of the demo model '{name}'. You asked: {question.strip()}"
     if prompt:
         answer += f"\nI was given {len(re.findall('^<candidate', prompt, re.M))} candidates."
     if not body.get("stream"):
