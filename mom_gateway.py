@@ -43,8 +43,10 @@ import os
 import random
 import re
 import secrets
+import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +62,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import yaml
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 __version__ = "0.2.0"
@@ -85,6 +88,7 @@ CONNECT_TIMEOUT = 10.0
 KEEP_ALIVE = 10.0  # A silent stream gets a comment this often, so that its client does not give up.
 MAX_REQUEST_BYTES = 32 * 2**20
 MAX_REPLY_BYTES = 64 * 2**20  # of one upstream, after decompression
+READ_SIZE = 2**18  # A larger part of a reply would hold up the other requests for more than a few hundredths.
 MAX_ERROR_TEXT = 500  # characters of an upstream's error that are passed on
 SERVING: dict[str, Any] = {
     "access_log": None,
@@ -164,6 +168,10 @@ class UpstreamError(Exception):
     """Ends an attempt to call an upstream. Its only argument is a Failure."""
 
 
+# What aiohttp raises if a connection fails, breaks off, is closed already, or carries no valid HTTP.
+CONNECTION_ERRORS = (aiohttp.ClientError, OSError, HttpProcessingError, RuntimeError)
+
+
 # --- Configuration: what config.yaml holds ---
 @dataclass(frozen=True)
 class Server:
@@ -230,7 +238,7 @@ class Config:
 EXPECTED = {str: "text", bool: "true or false", list: "a list", dict: "a mapping"}
 EXPECTED |= {int: "a whole number, 0 or more", float: "a number, 0 or more"}
 REQUIRED = ("name", "base_url", "models")
-VARIABLE = re.compile(r"(\$\$\{)|\$\{(\w+)(?::-([^}]*))?\}|\$\{")
+VARIABLE = re.compile(r"(\$\$\{)|\$\{(\w+)(?::-((?:(?!\$\{)[^}])*))?\}|\$\{")
 BASE_URL = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s/:?#@]+)(:\d{1,5})?(/[^\s?#]*)?")
 
 
@@ -245,6 +253,8 @@ def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = str(getattr(error, "problem", error))
+        if re.search("(tag|alias) '", problem):  # It may be a key that begins with ! or *.
+            problem = problem.partition(" '")[0] + "; text that begins with ! or * needs quotes"
         if "got '{'" in problem:
             problem += "; inside { }, a variable needs quotes: '${NAME}'"
         raise ConfigError(f"{path}: {place}{problem}") from None
@@ -318,6 +328,8 @@ class ConfigReader:
         for name in REQUIRED:
             if name in kinds and not values[name]:
                 self.report(f"{place}.{name}", "is required")
+        if re.search(r"[\s\"']", values.get("api_key", "")):
+            self.report(f"{place}.api_key", "must be the key alone, without quotes, spaces or 'Bearer'")
         if "name" in values:
             if values["name"] in self.names:
                 self.report(f"{place}.name", f"{values['name']!r} is taken")
@@ -325,14 +337,14 @@ class ConfigReader:
         return values
 
     def substitute(self, value: Any, place: str) -> Any:
-        """Returns the tree with each ${NAME} in its text replaced, or None for text with a problem."""
+        """Returns the tree with each ${NAME} in its text replaced, or "" for text with a problem."""
         if isinstance(value, dict):
             return {key: self.substitute(item, f"{place}.{key}") for key, item in value.items()}
         if isinstance(value, list):
             return [self.substitute(item, f"{place}[{i}]") for i, item in enumerate(value)]
         if isinstance(value, str):
             value = VARIABLE.sub(lambda match: self.replacement(match, place), value)
-        return None if place in self.problems else value
+        return "" if place in self.problems else value
 
     def replacement(self, match: re.Match[str], place: str) -> str:
         literal, name, default = match.groups()
@@ -351,7 +363,7 @@ class ConfigReader:
 
     def report(self, place: str, problem: str, value: Any = None) -> None:
         # After a slip, such as a forgotten space, a value may be `api_key:sk-…`. Such values are not shown.
-        if value is not None and not re.search("key|headers", f"{place} {value!r}"):
+        if value is not None and not re.search("key|headers|@", f"{place} {value!r}"):
             problem += f", not {value!r:.100}"
         self.problems.setdefault(place, problem)  # Later problems of a place follow from the first.
 
@@ -592,7 +604,7 @@ async def call_upstream(chat: Chat, call: Call, send: Send | None) -> None:
             allow_redirects=False,  # They would take the key to another host.
         ) as response:
             call.attempts[-1]["status"] = response.status
-            if response.status != 200:
+            if response.status >= 300:
                 raise UpstreamError(await read_error_response(response))
             await read_reply(response.content, call, reply, send)
         call.message = reply.message(split_thinking=send is None)
@@ -601,12 +613,12 @@ async def call_upstream(chat: Chat, call: Call, send: Send | None) -> None:
             if reply.finish_reason:
                 reason = f"finish_reason {reply.finish_reason}"
             raise UpstreamError(Failure(f"empty reply, {reason}", 200))
-    except (aiohttp.ClientError, OSError, ValueError, TypeError, RecursionError) as error:
+    except (*CONNECTION_ERRORS, ValueError, TypeError) as error:
         raise UpstreamError(connection_failure(error, upstream)) from None
     finally:
         call.message = call.message or reply.message(split_thinking=False)  # as much of it as arrived
         call.usage = with_counts(reply.usage) if reply.usage else None
-    default = "tool_calls" if reply.tool_calls.calls else "stop"
+    default = "tool_calls" if reply.tool_calls.named else "stop"
     call.finish_reason = FINISH_REASONS.get(reply.finish_reason.lower(), default)
 
 
@@ -654,12 +666,18 @@ def connection_failure(error: Exception, upstream: Upstream) -> Failure:
     if isinstance(error, aiohttp.SocketTimeoutError):
         # The upstream may still be working. Another attempt would be paid for as well, so there is none.
         return Failure(f"no data for {upstream.timeout:g} s", timed_out=True)
-    if isinstance(error, aiohttp.ClientError | OSError) and not isinstance(error, aiohttp.InvalidURL):
-        advice = ""
-        if isinstance(error, aiohttp.ClientConnectorError):
-            advice = "; check `base_url`, and whether that server is running"
-        return Failure(f"connection failed: {error or type(error).__name__}{advice}", retry=True)
-    return Failure(f"the call is not possible: {error}", 422)
+    if isinstance(error, aiohttp.InvalidURL):
+        return Failure("the call is not possible: `base_url` or HTTPS_PROXY or HTTP_PROXY is not a URL", 422)
+    if isinstance(error, ValueError | TypeError | RecursionError):
+        return Failure(f"the call is not possible: {error}", 422)
+    # aiohttp's own text may show a part of the reply, and with it a part of a key.
+    reason = "the reply broke off, or is not valid HTTP"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        reason = f"the proxy answered {error.status}"
+    elif isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        advice = "HTTPS_PROXY, HTTP_PROXY and NO_PROXY" if upstream.proxy else "`base_url`"
+        reason = f"{error}; check {advice}, and whether that server is running"
+    return Failure(f"connection failed: {reason}", retry=True)
 
 
 async def read_reply(body: aiohttp.StreamReader, call: Call, reply: Reply, send: Send | None) -> None:
@@ -667,7 +685,9 @@ async def read_reply(body: aiohttp.StreamReader, call: Call, reply: Reply, send:
     size = 0
     try:
         while not reply.ended:
-            chunk = await body.readany()  # empty at the end of the reply
+            chunk = await body.read(READ_SIZE)  # empty at the end of the reply
+            if len(chunk) == READ_SIZE:  # There may be much more, so other requests get their turn.
+                await asyncio.sleep(0)
             size += len(chunk)
             if size > MAX_REPLY_BYTES:
                 raise UpstreamError(Failure(f"the reply is larger than {MAX_REPLY_BYTES >> 20} MiB"))
@@ -678,7 +698,7 @@ async def read_reply(body: aiohttp.StreamReader, call: Call, reply: Reply, send:
         if not body.at_eof():  # Read the end of the reply, so that its connection can be used again.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(body.readany(), 0.1)
-    except aiohttp.ClientError as error:
+    except CONNECTION_ERRORS as error:
         if not reply.finish_reason:  # Otherwise the answer is complete, and only [DONE] is missing.
             raise
         error.__traceback__ = None
@@ -686,9 +706,11 @@ async def read_reply(body: aiohttp.StreamReader, call: Call, reply: Reply, send:
 
 async def read_error_response(response: aiohttp.ClientResponse) -> Failure:
     body = b""
-    with contextlib.suppress(aiohttp.ClientError):  # The status is enough if the body does not arrive.
-        while len(body) < 2**20 and (chunk := await response.content.readany()):
-            body += chunk
+    # The status is enough if the body does not arrive.
+    with contextlib.suppress(*CONNECTION_ERRORS):
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            while len(body) < 2**20 and (chunk := await response.content.readany()):
+                body += chunk
     failure = read_error(json_or_text(body) or response.reason, response.status)
     failure.retry_after = parse_retry_after(response.headers.get("Retry-After", ""))
     return failure
@@ -708,7 +730,8 @@ def parse_retry_after(value: str) -> float | None:
 
 
 # --- Reading replies: upstreams differ in many small ways ---
-EVENT = re.compile(rb"^(?:\xef\xbb\xbf)?data:(.*)", re.MULTILINE)  # perhaps after a byte order mark
+# A byte order mark may come first. llama.cpp has sent errors as `error:`.
+EVENT = re.compile(rb"^(?:\xef\xbb\xbf)?(?:data|error):(.*)", re.MULTILINE)
 MESSAGE_FIELDS = {"role", "content", "reasoning", "reasoning_content", "tool_calls"}
 FINISH_REASONS = dict.fromkeys(("length", "max_tokens"), "length")  # for all others, see call_upstream
 FINISH_REASONS |= dict.fromkeys(("content_filter", "safety"), "content_filter")
@@ -755,17 +778,21 @@ class Reply:
             frames = [json_or_text(event) for event in events]
         deltas = [delta for frame in frames for delta in self.add(frame)]
         if self.ended and not self.finish_reason:
+            if isinstance(self.frame, dict) and self.frame.get("choices") is None:
+                raise UpstreamError(read_error(self.frame, 200))  # The last frame may say why.
             raise UpstreamError(Failure("the stream ended without a finish_reason", retry=True))
         return deltas
 
     def add(self, frame: Any) -> list[Delta]:
         """Takes in a frame of a stream or a whole completion. Returns its deltas in the client's form."""
-        self.frame = frame
         if isinstance(frame, str):
-            raise UpstreamError(Failure(f"not JSON: {frame[:60]}", 200, retry=True))
+            if self.finish_reason:  # The answer is complete, and only [DONE] has another form.
+                return []
+            raise UpstreamError(Failure(f"not JSON: {frame.strip() or 'nothing'}", 200, retry=True))
+        self.frame = frame
         if not isinstance(frame, dict) or frame.get("error") or frame.get("object") == "error":
             raise UpstreamError(read_error(frame, 200))
-        is_empty = not (self.content or self.reasoning or self.tool_calls.calls)
+        is_empty = not (self.content or self.reasoning or self.tool_calls.named)
         deltas = []
         try:
             if isinstance(frame.get("usage"), dict):
@@ -774,15 +801,15 @@ class Reply:
                         self.usage[name] = value
             for choice in frame.get("choices") or []:  # Some relays put text and tool calls into two choices.
                 if choice.get("error"):
-                    raise UpstreamError(read_error(choice, 200))
+                    raise UpstreamError(read_error({"error": choice["error"]}, 200))
                 if choice.get("finish_reason"):
                     self.finish_reason = str(choice["finish_reason"])
                 if choice.get("delta"):
                     deltas.append(self.add_message(choice["delta"], is_whole=False))
                 elif choice.get("message") and is_empty:  # Some streams end with the whole message.
                     deltas.append(self.add_message(choice["message"], is_whole=True))
-        except (AttributeError, LookupError, TypeError) as error:
-            raise UpstreamError(Failure(f"not the shape of a chat completion: {error}", 200)) from None
+        except (AttributeError, LookupError, TypeError):
+            raise UpstreamError(Failure("the reply has not the shape of a chat completion", 200)) from None
         return [delta for delta in deltas if delta]
 
     def add_message(self, message: Message, is_whole: bool) -> Delta:
@@ -797,7 +824,9 @@ class Reply:
             self.reasoning.append(reasoning)
             delta["reasoning_content"] = reasoning
         if message.get("tool_calls"):
-            delta["tool_calls"] = [self.tool_calls.add(call, is_whole) for call in message["tool_calls"]]
+            pieces = [self.tool_calls.add(call, is_whole) for call in message["tool_calls"] if call]
+            if any(pieces):
+                delta["tool_calls"] = [piece for piece in pieces if piece]
         for name in message.keys() - MESSAGE_FIELDS:
             value = message[name]
             if value in (None, "", [], {}):
@@ -815,13 +844,14 @@ class Reply:
         thinking = THINKING.match(content) if split_thinking else None
         if thinking:
             content, reasoning = content[thinking.end() :], reasoning + thinking[1].strip()
-        if not (content.strip() or reasoning.strip() or self.tool_calls.calls):
+        if not (content.strip() or reasoning.strip() or self.tool_calls.named):
             return None
         message = {**self.extra, **self.lists, "role": "assistant", "content": content}
         if reasoning:
             message["reasoning_content"] = reasoning
-        if self.tool_calls.calls:
-            message |= {"content": content or None, "tool_calls": self.tool_calls.whole()}
+        if self.tool_calls.named:
+            calls = [call.whole() for call in self.tool_calls.named]
+            message |= {"content": content or None, "tool_calls": calls}
         return message
 
 
@@ -849,15 +879,16 @@ class ToolCalls:
 
     In a whole message, every entry is a call of its own. In a stream, a piece continues the latest call that
     has the same index, id and name, as far as both are known. But a name that comes again after complete
-    arguments begins a new call.
+    arguments begins a new call. The client learns of a call when its name is known.
     """
 
     def __init__(self) -> None:
         self.calls: list[ToolCall] = []
+        self.named: list[ToolCall] = []  # those that the client knows
         self.ids = {""}  # that are taken; "" stands for a missing one
 
-    def add(self, piece: dict[str, Any], is_whole: bool) -> dict[str, Any]:
-        """Takes in a tool call or a piece of one. Returns what is new in it, with the client's index."""
+    def add(self, piece: dict[str, Any], is_whole: bool) -> dict[str, Any] | None:
+        """Takes in a tool call or a piece of one. Returns what the client has to learn, if anything."""
         function = piece.get("function") or {}
         index, call_id, name = piece.get("index"), str(piece.get("id") or ""), str(function.get("name") or "")
         arguments = function.get("arguments")
@@ -865,20 +896,25 @@ class ToolCalls:
             arguments = ""
         elif not isinstance(arguments, str):
             arguments = to_json(arguments)
-        new = {key: value for key, value in piece.items() if key not in ("index", "id", "type")}
-        new["function"] = {**function, "arguments": arguments}
         call = None if is_whole else self.find(index, call_id, name, arguments)
         if not call:
-            call = ToolCall(len(self.calls), index, call_id, name)
+            call = ToolCall()
             self.calls.append(call)
-            new["id"] = f"call_{secrets.token_hex(12)}" if call_id in self.ids else call_id
-            new["type"] = piece.get("type") or "function"
-            new["function"]["name"] = name
-            self.ids.add(call_id)
-        elif call.name:
-            new["function"].pop("name", None)  # The client has it already.
         call.take(index, call_id, name, arguments)
+        new = {key: value for key, value in piece.items() if key not in ("index", "id", "type")}
+        new["function"] = {**function, "arguments": arguments}
         call.fields |= new
+        if not call.name:
+            return None
+        if call.position is None:
+            call.position = len(self.named)
+            self.named.append(call)
+            call.fields["id"] = f"call_{secrets.token_hex(12)}" if call.id in self.ids else call.id
+            call.fields["type"] = piece.get("type") or "function"
+            self.ids.add(call.id)
+            new = call.whole()
+        else:
+            new["function"].pop("name", None)  # The client has it already.
         return {"index": call.position, **new}
 
     def find(self, index: Any, call_id: str, name: str, arguments: str) -> ToolCall | None:
@@ -893,26 +929,23 @@ class ToolCalls:
                 return None if begins_again else call
         return None
 
-    def whole(self) -> list[dict[str, Any]]:
-        calls = []
-        for call in self.calls:
-            function = {**call.fields["function"], "name": call.name, "arguments": "".join(call.arguments)}
-            calls.append({**call.fields, "function": function})
-        return calls
-
 
 @dataclass(slots=True)
 class ToolCall:
-    position: int  # the client's index
-    index: Any  # `index`, `id` and `name` are the upstream's, and empty until they arrive
-    id: str
-    name: str
+    index: Any = None  # `index`, `id` and `name` are the upstream's, and empty until they arrive
+    id: str = ""
+    name: str = ""
+    position: int | None = None  # the client's index
     fields: dict[str, Any] = field(default_factory=dict)  # what the client gets
     arguments: list[str] = field(default_factory=list)  # in pieces, because joining them each time is slow
     scanned: int = 0  # how many pieces is_complete has read, and its state after them:
     depth: int = 0
     in_string: bool = False
     escaped: bool = False
+
+    def whole(self) -> dict[str, Any]:
+        function = {**self.fields["function"], "name": self.name, "arguments": "".join(self.arguments)}
+        return {**self.fields, "function": function}
 
     def take(self, index: Any, call_id: str, name: str, arguments: str) -> None:
         if self.index is None:
@@ -1077,6 +1110,9 @@ class EventStream:
 # --- Handlers: the endpoints ---
 async def handle_chat(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
+    if request.headers.get("User-Agent") == request.app[GATEWAY].user_agent:
+        # A `base_url` leads back here, so one request would become more and more of them.
+        raise ApiError(404, "loop", "this is the gateway itself")
     chat = await read_chat(request)
     stream = EventStream(request, chat)
     try:
@@ -1196,7 +1232,7 @@ def check_access(request: web.Request, gateway: Gateway) -> None:
     host = headers.get("Host", "").lower()
     names = [name.lower() for name in (gateway.host, *server.allowed_hosts)]
     allowed = [*names, *(f"[{name}]" for name in names)]  # An IPv6 address stands in brackets.
-    if not LOOPBACK.fullmatch(host) and re.sub(r":[0-9]{1,5}$", "", host) not in allowed:
+    if not LOOPBACK.fullmatch(host) and not {host, re.sub(r":[0-9]{1,5}$", "", host)} & set(allowed):
         raise ApiError(403, "host_not_allowed", "this Host is not allowed; add it to server.allowed_hosts")
     # Browsers name the page that sends a request. Pages from the internet must not spend money here.
     origins = [origin.lower().partition("://")[2] for origin in headers.getall("Origin", [])]
@@ -1277,7 +1313,8 @@ def write_trace(chat: Chat, seconds: float, folder: Path) -> None:
         part.rename(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         log.warning("cannot write the trace %s: %s", path, error)
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 class TraceDumper(yaml.SafeDumper):
@@ -1301,6 +1338,7 @@ class Gateway:
     trace_folder: Path | None
     edited: int = 0  # when the file was edited last, in nanoseconds; 0 makes the first request look
     created: int = field(default_factory=lambda: int(time.time()))
+    user_agent: str = field(default_factory=lambda: f"mom_gateway/{__version__} ({secrets.token_hex(8)})")
     session: aiohttp.ClientSession = field(init=False)
 
     def reload_if_edited(self) -> None:
@@ -1349,8 +1387,7 @@ def create_app(
     try:
         if folder:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (folder / ".test").touch()
-            (folder / ".test").unlink()
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"{folder}: traces cannot be written there: {error.strerror}") from None
     app = web.Application(middlewares=[guard], client_max_size=MAX_REQUEST_BYTES)
@@ -1367,6 +1404,7 @@ def create_app(
 async def open_session(app: web.Application) -> AsyncIterator[None]:
     # No limit, because waiting for a free connection would count towards the connection time-out.
     options: Any = {"connector": aiohttp.TCPConnector(limit=0), "cookie_jar": aiohttp.DummyCookieJar()}
+    options["headers"] = {"User-Agent": app[GATEWAY].user_agent}
     async with aiohttp.ClientSession(**options, max_line_size=2**16, max_field_size=2**16) as session:
         app[GATEWAY].session = session
         yield
@@ -1472,6 +1510,8 @@ def serve(args: argparse.Namespace) -> None:
 
 async def explain_shutdown(app: web.Application) -> None:
     log.info("stopping; running requests get about 30 seconds; press Ctrl-C again to stop at once")
+    for number in (signal.SIGINT, signal.SIGTERM):  # aiohttp would print a traceback at the second one.
+        signal.signal(number, lambda *_: os._exit(1))
 
 
 if __name__ == "__main__":
