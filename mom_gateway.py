@@ -88,14 +88,14 @@ CONNECT_TIMEOUT = 10.0
 KEEP_ALIVE = 10.0  # A silent stream gets a comment this often, so that its client does not give up.
 MAX_REQUEST_BYTES = 32 * 2**20
 MAX_REPLY_BYTES = 64 * 2**20  # of one upstream, after decompression
-READ_SIZE = 2**18  # A larger part of a reply would hold up the other requests for more than a few hundredths.
+READ_SIZE = 2**18  # Replies are read in parts of this size, so that a large one does not hold up others.
 MAX_ERROR_TEXT = 500  # characters of an upstream's error that are passed on
 SERVING: dict[str, Any] = {
     "access_log": None,
     "handler_cancellation": True,  # When a client leaves, its upstream calls are cancelled.
     "shutdown_timeout": 14.5,  # aiohttp waits for this twice, so running requests get about 30 seconds.
 }
-GC_THRESHOLD = 20_000  # Python's own default costs a tenth of the CPU time.
+GC_THRESHOLD = 20_000  # objects until the next garbage collection; Python's default costs a tenth of the time
 HINTS = {  # advice that is added to an upstream's error, by its status
     **dict.fromkeys((301, 302, 303, 307, 308), "; redirects are not followed, so check `base_url`"),
     400: "; if this model does not take a field, `params: {FIELD: null}` removes it",
@@ -153,10 +153,10 @@ class ApiError(Exception):
 
 @dataclass(slots=True)
 class Failure:
-    """Why an upstream gave no answer. An exception would keep the request alive by its traceback."""
+    """Why an upstream gave no answer. Kept instead of the exception, whose traceback holds the request."""
 
     message: str
-    status: int | None = None  # of the reply, or the code of an error inside a reply with status 200
+    status: int | None = None  # of the reply or of an error in it; 422 if the call was not possible
     retry: bool = False  # whether another attempt may help
     retry_after: float | None = None  # how long the upstream asks us to wait
     timed_out: bool = False
@@ -165,7 +165,11 @@ class Failure:
 
 
 class UpstreamError(Exception):
-    """Ends an attempt to call an upstream. Its only argument is a Failure."""
+    """Ends an attempt to call an upstream."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 # What aiohttp raises if a connection fails, breaks off, is closed already, or carries no valid HTTP.
@@ -225,7 +229,7 @@ class Config:
         keys = [self.server.api_key]
         for model in self.models.values():
             keys.append(model.api_key)
-            for name, value in model.headers.items():
+            for name, value in model.headers.items():  # X-Api-Key holds a secret, and X-Title does not.
                 if re.search("auth|cookie|key|secret|token", name, re.IGNORECASE):
                     keys += value.split()
         for key in sorted(keys, key=len, reverse=True):  # One key may be a part of another.
@@ -238,6 +242,7 @@ class Config:
 EXPECTED = {str: "text", bool: "true or false", list: "a list", dict: "a mapping"}
 EXPECTED |= {int: "a whole number, 0 or more", float: "a number, 0 or more"}
 REQUIRED = ("name", "base_url", "models")
+# Finds $${ (group 1), ${NAME} or ${NAME:-default} (groups 2 and 3), and any other ${, which is a mistake.
 VARIABLE = re.compile(r"(\$\$\{)|\$\{(\w+)(?::-((?:(?!\$\{)[^}])*))?\}|\$\{")
 BASE_URL = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s/:?#@]+)(:\d{1,5})?(/[^\s?#]*)?")
 
@@ -283,10 +288,35 @@ class ConfigReader:
         models = {upstream.name: upstream for upstream in upstreams}
         if models and not file.get("mixtures"):
             file["mixtures"] = [{"name": "mom", "models": list(models)}]
-        trees = enumerate(file.get("mixtures", []))
-        mixtures = [self.read_mixture(raw, f".mixtures[{i}]", models) for i, raw in trees]
+        raw_mixtures = enumerate(file.get("mixtures", []))
+        mixtures = [self.read_mixture(raw, f".mixtures[{i}]", models) for i, raw in raw_mixtures]
         mixtures += [Mixture(name, models=(), critic=(name,)) for name in models]  # the passthroughs
         return Config(server, models, {mixture.name: mixture for mixture in mixtures})
+
+    def substitute(self, value: Any, place: str) -> Any:
+        """Returns the tree with each ${NAME} in its text replaced, or "" for text with a problem."""
+        if isinstance(value, dict):
+            return {key: self.substitute(item, f"{place}.{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.substitute(item, f"{place}[{i}]") for i, item in enumerate(value)]
+        if isinstance(value, str):
+            value = VARIABLE.sub(lambda match: self.replacement(match, place), value)
+        return "" if place in self.problems else value
+
+    def replacement(self, match: re.Match[str], place: str) -> str:
+        literal, name, default = match.groups()
+        value = self.environ.get(name or "") or default
+        if literal:
+            return "${"
+        if not name:
+            self.report(place, "'${' begins no variable; write ${NAME}, ${NAME:-default} or $${")
+        elif value is None:
+            advice = f"type `export {name}=...` or write ${{{name}:-default}}; --demo needs no key"
+            problem = f"the environment variable {name} is not set; {advice}"
+            if problem in self.problems.values():  # It is reported once. An empty text marks further places.
+                problem = ""
+            self.report(place, problem)
+        return value or ""
 
     def read_model(self, raw: Any, place: str) -> Upstream:
         values = self.read_mapping(raw, place, get_type_hints(Upstream))
@@ -335,31 +365,6 @@ class ConfigReader:
                 self.report(f"{place}.name", f"{values['name']!r} is taken")
             self.names.add(values["name"])
         return values
-
-    def substitute(self, value: Any, place: str) -> Any:
-        """Returns the tree with each ${NAME} in its text replaced, or "" for text with a problem."""
-        if isinstance(value, dict):
-            return {key: self.substitute(item, f"{place}.{key}") for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.substitute(item, f"{place}[{i}]") for i, item in enumerate(value)]
-        if isinstance(value, str):
-            value = VARIABLE.sub(lambda match: self.replacement(match, place), value)
-        return "" if place in self.problems else value
-
-    def replacement(self, match: re.Match[str], place: str) -> str:
-        literal, name, default = match.groups()
-        value = self.environ.get(name or "") or default
-        if literal:
-            return "${"
-        if not name:
-            self.report(place, "'${' begins no variable; write ${NAME}, ${NAME:-default} or $${")
-        elif value is None:
-            advice = f"type `export {name}=...` or write ${{{name}:-default}}; --demo needs no key"
-            problem = f"the environment variable {name} is not set; {advice}"
-            if problem in self.problems.values():  # Each variable is reported once,
-                problem = ""  # and this only marks the place.
-            self.report(place, problem)
-        return value or ""
 
     def report(self, place: str, problem: str, value: Any = None) -> None:
         # After a slip, such as a forgotten space, a value may be `api_key:sk-…`. Such values are not shown.
@@ -434,14 +439,14 @@ class Chat:
     began: float = field(default_factory=time.monotonic)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     calls: list[Call] = field(default_factory=list)  # proposers in configuration order, then critics as tried
-    prompt: str | None = None  # what the critic got after the conversation
+    prompt: str | None = None  # what the critic gets after the conversation; None if there are no candidates
     answer: Call | None = None
     outcome: str | int = "ok"  # or fallback, abandoned, or the status of the error
 
 
 # --- The mixture: ask all proposers, then let a critic write the answer ---
 async def run_mixture(chat: Chat, send: Send | None) -> Call:
-    """Returns the call with the answer. With `send`, the client has that answer already. Raises ApiError."""
+    """Returns the call with the answer, whose text has been sent if there is a `send`. Raises ApiError."""
     candidates: list[Call] = []
     if chat.mixture.models and not (chat.ends_in_tool_result and chat.mixture.tool_turns == "critic"):
         candidates = await fan_out(chat, send)
@@ -455,7 +460,8 @@ async def run_mixture(chat: Chat, send: Send | None) -> Call:
         raise no_answer(chat.calls)
     chat.answer, chat.outcome = candidates[0], "fallback"
     if send:
-        await send([Reply().add_message(candidates[0].message or {}, is_whole=True)])  # as one delta
+        # A new Reply turns the whole message into one delta, and numbers its tool calls.
+        await send([Reply().add_message(candidates[0].message or {}, is_whole=True)])
     return candidates[0]
 
 
@@ -480,15 +486,15 @@ async def fan_out(chat: Chat, send: Send | None) -> list[Call]:
                 if call.ok and send and mixture.show_candidates:
                     text = f"{call.upstream.name} ({call.seconds:.1f} s)\n{candidate_text(call)}\n\n"
                     await send([{"reasoning_content": text}])
-            # Later rounds only make grace_end later, so `end` moves once.
-            grace_end = time.monotonic() + mixture.grace
-            if sum(call.ok for call in calls) >= mixture.quorum and grace_end < end:
-                end, reason = grace_end, f"cut off {mixture.grace:g} s after the quorum"
+            if sum(call.ok for call in calls) >= mixture.quorum:
+                grace_end = time.monotonic() + mixture.grace
+                if grace_end < end:  # true only once, because it is later each time
+                    end = grace_end
+                    reason = f"cut off {mixture.grace:g} s after the quorum"
     finally:
         for task in waiting:
             task.cancel()
-        if waiting:  # asyncio.wait refuses an empty set.
-            await asyncio.wait(waiting)
+        await asyncio.gather(*waiting, return_exceptions=True)
     end_calls(chat, reason)
     return [call for call in calls if call.ok]
 
@@ -500,7 +506,7 @@ async def ask_critics(chat: Chat, send: Send | None) -> Call | None:
         names = tuple(dict.fromkeys(names + chat.mixture.models))
     role = "critic" if chat.mixture.models else "passthrough"
     deadline = chat.began + chat.mixture.deadline
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError):  # At the deadline, the critic that is at work is cancelled.
         async with asyncio.timeout_at(deadline):
             for name in names:
                 call = Call(chat.config.models[name], role, deadline)
@@ -567,7 +573,7 @@ def candidate_text(call: Call) -> str:
 async def call_with_retries(chat: Chat, call: Call, send: Send | None = None) -> None:
     """Asks an upstream until it answers or may not be asked again. The result is stored in `call`.
 
-    No reply makes it raise. Cancelling it ends the call or the wait.
+    A reply never makes it raise; a failure is stored. Cancelling it ends the call or the wait.
     """
     for attempt in count():
         call.attempts.append({"status": None, "error": None, "wait": None})
@@ -576,7 +582,7 @@ async def call_with_retries(chat: Chat, call: Call, send: Send | None = None) ->
             call.ok, call.failure = True, None
             break
         except UpstreamError as error:
-            call.failure = failure = presentable(error.args[0], chat.config)
+            call.failure = failure = presentable(error.failure, chat.config)
         call.attempts[-1]["error"] = failure.message
         wait = backoff_delay(attempt) if failure.retry_after is None else failure.retry_after
         too_long = wait > MAX_WAIT or time.monotonic() + wait > call.deadline
@@ -625,15 +631,16 @@ async def call_upstream(chat: Chat, call: Call, send: Send | None) -> None:
 def request_body(chat: Chat, call: Call, streamed: bool) -> dict[str, Any]:
     """Returns what to post. The upstream's `params` override the request, and null there removes a field."""
     params = call.upstream.params
-    removed = {"stream", "stream_options", *(name for name, value in params.items() if value is None)}
+    removed = {name for name, value in params.items() if value is None}
     if "max_tokens" in params or "max_completion_tokens" in params:  # two names for one setting
         removed |= {"max_tokens", "max_completion_tokens"} - params.keys()
-    body = {name: value for name, value in (chat.request | params).items() if name not in removed}
+    body = chat.request | params
     body |= {"model": call.upstream.model, "messages": messages_for(chat, call)}
     if streamed:
-        own = {"stream": True, "stream_options": {"include_usage": True}}
-        body |= {name: value for name, value in own.items() if params.get(name, value) is not None}
-    return body
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    else:
+        removed |= {"stream", "stream_options"}
+    return {name: value for name, value in body.items() if name not in removed}
 
 
 def messages_for(chat: Chat, call: Call) -> list[Message]:
@@ -666,6 +673,7 @@ def connection_failure(error: Exception, upstream: Upstream) -> Failure:
     if isinstance(error, aiohttp.SocketTimeoutError):
         # The upstream may still be working. Another attempt would be paid for as well, so there is none.
         return Failure(f"no data for {upstream.timeout:g} s", timed_out=True)
+    # If nothing could be sent, another attempt would fail as well. 422 tells clients not to ask again.
     if isinstance(error, aiohttp.InvalidURL):
         return Failure("the call is not possible: `base_url` or HTTPS_PROXY or HTTP_PROXY is not a URL", 422)
     if isinstance(error, ValueError | TypeError | RecursionError):
@@ -719,7 +727,7 @@ async def read_error_response(response: aiohttp.ClientResponse) -> Failure:
 def parse_retry_after(value: str) -> float | None:
     """Returns the seconds in a Retry-After header (RFC 9110, 10.2.3), or None if they make no sense."""
     try:
-        if value[:1].isalpha():
+        if value[:1].isalpha():  # A date begins with the name of a day.
             date = parsedate_to_datetime(value)
             seconds = max(0.0, date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time())
         else:
@@ -778,8 +786,9 @@ class Reply:
             frames = [json_or_text(event) for event in events]
         deltas = [delta for frame in frames for delta in self.add(frame)]
         if self.ended and not self.finish_reason:
-            if isinstance(self.frame, dict) and self.frame.get("choices") is None:
-                raise UpstreamError(read_error(self.frame, 200))  # The last frame may say why.
+            frame = self.frame if isinstance(self.frame, dict) else {}
+            if frame.get("choices") is None and frame.keys() & set(ERROR_FIELDS):
+                raise UpstreamError(read_error(frame, 200))  # The last frame says why.
             raise UpstreamError(Failure("the stream ended without a finish_reason", retry=True))
         return deltas
 
@@ -797,8 +806,8 @@ class Reply:
         try:
             if isinstance(frame.get("usage"), dict):
                 for name, value in frame["usage"].items():
-                    if value or name not in self.usage:  # A later 0 does not replace a number.
-                        self.usage[name] = value
+                    if name not in self.usage or plausible(value) or isinstance(value, dict):
+                        self.usage[name] = value  # A later 0 does not replace a number.
             for choice in frame.get("choices") or []:  # Some relays put text and tool calls into two choices.
                 if choice.get("error"):
                     raise UpstreamError(read_error({"error": choice["error"]}, 200))
@@ -850,7 +859,7 @@ class Reply:
         if reasoning:
             message["reasoning_content"] = reasoning
         if self.tool_calls.named:
-            calls = [call.whole() for call in self.tool_calls.named]
+            calls = [call.as_dict() for call in self.tool_calls.named]
             message |= {"content": content or None, "tool_calls": calls}
         return message
 
@@ -912,14 +921,14 @@ class ToolCalls:
             call.fields["id"] = f"call_{secrets.token_hex(12)}" if call.id in self.ids else call.id
             call.fields["type"] = piece.get("type") or "function"
             self.ids.add(call.id)
-            new = call.whole()
+            new = call.as_dict()
         else:
             new["function"].pop("name", None)  # The client has it already.
         return {"index": call.position, **new}
 
     def find(self, index: Any, call_id: str, name: str, arguments: str) -> ToolCall | None:
         """Returns the call that a piece continues, or None if it begins a new one."""
-        for call in self.calls[:-100:-1]:  # the latest first, and no more than 99
+        for call in reversed(self.calls[-100:]):  # All of them would take too long if there are 10,000.
             same_index = index is None or call.index in (None, index)
             same_id = not call_id or call.id in ("", call_id)
             same_name = not name or call.name in ("", name)
@@ -932,6 +941,8 @@ class ToolCalls:
 
 @dataclass(slots=True)
 class ToolCall:
+    """One tool call, put together from its pieces."""
+
     index: Any = None  # `index`, `id` and `name` are the upstream's, and empty until they arrive
     id: str = ""
     name: str = ""
@@ -943,7 +954,8 @@ class ToolCall:
     in_string: bool = False
     escaped: bool = False
 
-    def whole(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the call in OpenAI's form, as far as it has arrived."""
         function = {**self.fields["function"], "name": self.name, "arguments": "".join(self.arguments)}
         return {**self.fields, "function": function}
 
@@ -952,7 +964,7 @@ class ToolCall:
             self.index = index
         self.id = self.id or call_id
         self.name = self.name or name
-        if arguments:
+        if arguments.strip() or self.arguments:  # White space before the JSON does not begin it.
             self.arguments.append(arguments)
 
     def is_complete(self) -> bool:
@@ -970,7 +982,7 @@ class ToolCall:
         return bool(self.arguments) and self.depth == 0 and not self.in_string
 
 
-# --- Reading errors: what people need to know, wherever it stands ---
+# --- Reading errors: find what went wrong, in error bodies of any shape ---
 ERROR_FIELDS = ("error", "message", "detail", "errors", "msg", "loc", "reason", "base_resp", "status_msg")
 OPENROUTER_FIELDS = ("metadata", "raw", "provider_name")  # in OpenRouter's errors
 
@@ -983,7 +995,9 @@ def read_error(body: Any, status: int) -> Failure:
     code, param = details.get("code"), details.get("param")
     if status == 200 and re.fullmatch("[45][0-9][0-9]", str(code)):
         status = int(str(code))
-    message = f"{status}: {error_text(body) or to_json(body)}".removeprefix("200: ")
+    message = error_text(body) or to_json(body)
+    if status != 200:
+        message = f"{status}: {message}"
     retry = status in RETRYABLE_STATUSES and "insufficient_quota" not in (code, details.get("type"))
     return Failure(message, status, retry, code=text_of(code) or None, param=text_of(param) or None)
 
@@ -1000,15 +1014,16 @@ def error_text(body: Any, depth: int = 0) -> str:
 
 def presentable(failure: Failure, config: Config) -> Failure:
     """Removes secrets from a failure, makes it one short line, and adds advice."""
-    for name in ("message", "code", "param"):
-        text = getattr(failure, name)  # Secrets are removed first, so that no part of one remains.
-        setattr(failure, name, text and clean(config.redact(text)))
-    failure.message += HINTS.get(failure.status or 0, "")
+    # Secrets are removed first. If the text were shortened first, a part of one could remain.
+    failure.message = clean(config.redact(failure.message)) + HINTS.get(failure.status or 0, "")
+    failure.code = failure.code and clean(config.redact(failure.code))
+    failure.param = failure.param and clean(config.redact(failure.param))
     return failure
 
 
 def clean(text: str) -> str:
     """Returns one short line without control characters, which could forge log lines or change a terminal."""
+    text = text[: 100 * MAX_ERROR_TEXT]  # Splitting a text of 60 MiB would take 2 GiB of memory.
     text = re.sub(r"//[^/@\s]+@", "//", text)  # the password of a proxy
     line = " ".join(text.split())[:MAX_ERROR_TEXT]
     return "".join(char if char.isprintable() else "?" for char in line)
@@ -1282,8 +1297,8 @@ def end_calls(chat: Chat, reason: str) -> None:
     """Marks the calls that were cancelled as failed."""
     for call in chat.calls:
         if call.seconds is None:
-            earlier = f", after {call.failure.message}" if call.failure else ""
-            call.failure = Failure(reason + earlier, timed_out=True)
+            last_error = f", after {call.failure.message}" if call.failure else ""
+            call.failure = Failure(reason + last_error, timed_out=True)
             end_call(chat, call)
 
 
@@ -1403,9 +1418,13 @@ def create_app(
 
 async def open_session(app: web.Application) -> AsyncIterator[None]:
     # No limit, because waiting for a free connection would count towards the connection time-out.
-    options: Any = {"connector": aiohttp.TCPConnector(limit=0), "cookie_jar": aiohttp.DummyCookieJar()}
-    options["headers"] = {"User-Agent": app[GATEWAY].user_agent}
-    async with aiohttp.ClientSession(**options, max_line_size=2**16, max_field_size=2**16) as session:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": app[GATEWAY].user_agent},
+        max_line_size=2**16,  # of a response header
+        max_field_size=2**16,
+    ) as session:
         app[GATEWAY].session = session
         yield
 
@@ -1414,6 +1433,7 @@ async def create_runner() -> web.AppRunner:
     """For gunicorn. Its own runner does not cancel a request when the client leaves."""
     gc.set_threshold(GC_THRESHOLD)
     logging.basicConfig(level=logging.INFO)
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # It quotes malformed requests, also keys.
     return web.AppRunner(create_app(os.environ.get("MOM_CONFIG", "config.yaml")), **SERVING)
 
 
@@ -1488,16 +1508,16 @@ def serve(args: argparse.Namespace) -> None:
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot listen on {host}:{port}: {reason}; try another --host or --port") from None
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    url_host = f"[{host}]" if ":" in host else host  # An IPv6 address stands in brackets.
+    url = f"http://{url_host}:{listener.getsockname()[1]}"
     app = create_app(demo_config(url) if args.demo else args.config, host, args.debug_requests)
     if args.demo:
         app.router.add_post("/demo/v1/chat/completions", handle_demo)
-    mixtures = [mixture for mixture in app[GATEWAY].config.mixtures.values() if mixture.models]
     lines = [f"Base URL: {url}/v1"]
-    for mixture in mixtures:
-        lines.append(
-            f"Model {mixture.name}: {', '.join(mixture.models)}; critic: {', '.join(mixture.critic)}"
-        )
+    for mixture in app[GATEWAY].config.mixtures.values():
+        if mixture.models:  # A passthrough has none.
+            models, critics = ", ".join(mixture.models), ", ".join(mixture.critic)
+            lines.append(f"Model {mixture.name}: {models}; critic: {critics}")
     if args.debug_requests:
         lines.append(f"Traces: {args.debug_requests}")
     key = '-H "Authorization: Bearer $MOM_API_KEY" ' if server.api_key else ""

@@ -826,8 +826,11 @@ async def test_a_count_or_cost_that_makes_no_sense_is_0_and_spoils_no_answer(ask
 
 async def test_a_number_of_usage_that_is_0_or_missing_replaces_no_earlier_one(ask_a):
     first = {**delta(), "usage": {"prompt_tokens": 100, "completion_tokens": 0, "total_tokens": 100}}
-    second = {**delta("stop", content="x"), "usage": {"prompt_tokens": 0, "completion_tokens": 7}}
-    answer = await ask_a(sends(first, second, DONE), stream=True, stream_options={"include_usage": True})
+    second = {**delta("stop", content="x"), "usage": {"prompt_tokens": -1, "completion_tokens": 7}}
+    third = {"choices": [], "usage": {"completion_tokens": 0}}
+    answer = await ask_a(
+        sends(first, second, third, DONE), stream=True, stream_options={"include_usage": True}
+    )
     assert answer.usage == {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
 
 
@@ -906,6 +909,7 @@ async def test_earlier_reasoning_reaches_a_passthrough_and_in_a_tool_turn_the_cr
     ("nothing, cut by the limit", says("", "length"), 1, "empty reply, finish_reason length"),
     ("null for choices", sends_json({"choices": None, "base_resp": {"status_msg": "poor"}}), 1, "poor"),
     ("no choices", sends_json({"detail": "no such model"}), 1, "no such model"),
+    ("a ping in the end", sends(delta(content="x"), {"type": "ping"}), 3, "without a finish_reason"),
     ("no choices in the end", sends(delta(content="x"), {"detail": "the cause"}), 1, "a: the cause"),
     ("choices that are a text", sends_json({"choices": "x"}), 1, "not the shape of a chat completion"),
     ("a tool call without a name", says({"tool_calls": [{"id": "1", "type": "function"}]}), 1, "empty reply"),
@@ -1000,6 +1004,12 @@ async def test_a_proxy_that_fails_is_named_without_its_password(start_gateway, m
     assert "secret" not in answer.error["message"]
 
 
+async def test_a_proxy_that_refuses_is_named_by_its_status(start_gateway, upstream, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", upstream.url)  # It does not know CONNECT.
+    answer = await (await start_gateway(models={"a": {"base_url": "https://far.invalid/v1"}})).ask(model="a")
+    assert answer.error["message"] == "a: connection failed: the proxy answered 404"
+
+
 async def test_a_gateway_that_is_its_own_upstream_says_so_and_stops(start):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -1051,6 +1061,18 @@ async def test_a_line_of_4_mib_and_a_header_of_60_kb_are_read(ask_a):
         return web.Response(body=body, headers={"X-Long": "x" * 60_000})
 
     assert len((await ask_a(reply, stream=True)).text) == 4_194_304
+
+
+async def test_a_connection_is_used_again_although_its_stream_ends_after_done(ask_a):
+    ports = set()
+
+    async def reply(request):
+        ports.add(request.transport.get_extra_info("peername")[1])
+        return await sends(HELLO, END, DONE, pause(0.02))(request)
+
+    for _ in range(3):
+        assert (await ask_a(reply)).text == "naïve"
+    assert len(ports) == 1
 
 
 @cases(
@@ -1150,6 +1172,7 @@ def piece(arguments, name=None, **fields):
     ("all with index 0", [piece(X, "f", id="1", index=0), piece("{}", "f", id="2", index=0)]),
     ("all with one id", [piece(X, "f", id="1", index=0), piece("{}", "f", id="1", index=1)]),
     ("name repeated", [piece('{"x"', "f", index=0), piece(':"{"}', "f", index=0), piece("{}", "f", index=1)]),
+    ("white space first", [piece(" ", "f", index=0), piece(X, "f", index=0), piece("{}", "f", index=1)]),
     ("name after the id", [piece("", id="1", index=0), piece(X, "f", index=0), piece("{}", "f", index=1)]),
     ("name in the end", [piece(X, id="1", index=0), piece("", "f", index=0), piece("{}", "f", index=1)]),
     ("null", [None, piece(X, "f", index=0), None, piece("{}", "f", index=1)]),
@@ -1650,7 +1673,7 @@ async def test_the_file_can_be_copied_alone_and_mounted(upstream, tmp_path, monk
     assert (await client.get("/ai/nowhere")).status == 404
 
 
-async def test_under_gunicorn_too_a_client_that_goes_away_ends_its_calls(upstream, monkeypatch):
+async def test_gunicorns_runner_cancels_requests_and_logs_no_keys(upstream, monkeypatch, caplog):
     Path("other.yaml").write_text(GPT.replace("http://x/v1", upstream.url))
     monkeypatch.setenv("MOM_CONFIG", "other.yaml")
     upstream.script("gpt", hangs)
@@ -1659,6 +1682,11 @@ async def test_under_gunicorn_too_a_client_that_goes_away_ends_its_calls(upstrea
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session:
         await Gateway(session).abandon(upstream)
+    reader, writer = await asyncio.open_connection(*runner.addresses[0])
+    writer.write(b"GET /health HTTP/1.1\r\nAuthorization : Bearer sk-mine\r\n\r\n")  # A space too many.
+    assert b" 400 " in await reader.readline()
+    writer.close()
+    assert "sk-mine" not in caplog.text
     await runner.cleanup()
 
 
