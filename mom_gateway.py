@@ -689,8 +689,12 @@ def connection_failure(error: Exception, upstream: Upstream) -> Failure:
 
 
 async def read_reply(body: aiohttp.StreamReader, call: Call, reply: Reply, send: Send | None) -> None:
-    """Reads what arrives into `reply`, and sends it on."""
+    """Reads what arrives into `reply`, and sends it on.
+
+    White space and unknown fields wait for more, so that another critic can still take over.
+    """
     size = 0
+    deltas: list[Delta] = []
     try:
         while not reply.ended:
             chunk = await body.read(READ_SIZE)  # empty at the end of the reply
@@ -699,10 +703,11 @@ async def read_reply(body: aiohttp.StreamReader, call: Call, reply: Reply, send:
             size += len(chunk)
             if size > MAX_REPLY_BYTES:
                 raise UpstreamError(Failure(f"the reply is larger than {MAX_REPLY_BYTES >> 20} MiB"))
-            deltas = reply.feed(chunk)
-            if deltas and send:
+            deltas += reply.feed(chunk)
+            if deltas and send and reply.has_answer:
                 call.reached_client = True
                 await send(deltas)
+                deltas = []
         if not body.at_eof():  # Read the end of the reply, so that its connection can be used again.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(body.readany(), 0.1)
@@ -741,8 +746,9 @@ def parse_retry_after(value: str) -> float | None:
 # A byte order mark may come first. llama.cpp has sent errors as `error:`.
 EVENT = re.compile(rb"^(?:\xef\xbb\xbf)?(?:data|error):(.*)", re.MULTILINE)
 MESSAGE_FIELDS = {"role", "content", "reasoning", "reasoning_content", "tool_calls"}
-FINISH_REASONS = dict.fromkeys(("length", "max_tokens"), "length")  # for all others, see call_upstream
-FINISH_REASONS |= dict.fromkeys(("content_filter", "safety"), "content_filter")
+# All others become `stop`, or `tool_calls` if there are any.
+FINISH_REASONS = dict.fromkeys(("length", "max_tokens", "model_length"), "length")
+FINISH_REASONS |= dict.fromkeys(("content_filter", "safety", "recitation"), "content_filter")
 THINKING = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
 
 
@@ -756,6 +762,7 @@ class Reply:
         self.line: list[bytes] = []  # the beginning of a line whose end has not arrived
         self.document: list[bytes] = []  # the lines before the first event
         self.is_stream = self.ended = False
+        self.has_answer = False  # whether there is text, reasoning or a tool call
         self.frame: Any = None  # the last one
         self.content: list[str] = []
         self.reasoning: list[str] = []
@@ -794,14 +801,14 @@ class Reply:
 
     def add(self, frame: Any) -> list[Delta]:
         """Takes in a frame of a stream or a whole completion. Returns its deltas in the client's form."""
+        if self.finish_reason and not isinstance(frame, dict):
+            return []  # The answer is complete, and only [DONE] has another form.
         if isinstance(frame, str):
-            if self.finish_reason:  # The answer is complete, and only [DONE] has another form.
-                return []
             raise UpstreamError(Failure(f"not JSON: {frame.strip() or 'nothing'}", 200, retry=True))
         self.frame = frame
         if not isinstance(frame, dict) or frame.get("error") or frame.get("object") == "error":
             raise UpstreamError(read_error(frame, 200))
-        is_empty = not (self.content or self.reasoning or self.tool_calls.named)
+        is_first = not self.has_answer
         deltas = []
         try:
             if isinstance(frame.get("usage"), dict):
@@ -815,8 +822,10 @@ class Reply:
                     self.finish_reason = str(choice["finish_reason"])
                 if choice.get("delta"):
                     deltas.append(self.add_message(choice["delta"], is_whole=False))
-                elif choice.get("message") and is_empty:  # Some streams end with the whole message.
+                elif choice.get("message") and is_first:  # Some streams end with the whole message.
                     deltas.append(self.add_message(choice["message"], is_whole=True))
+                if self.finish_reason in ("error", "insufficient_system_resource"):
+                    raise UpstreamError(Failure(f"finish_reason {self.finish_reason}", 200, retry=True))
         except (AttributeError, LookupError, TypeError):
             raise UpstreamError(Failure("the reply has not the shape of a chat completion", 200)) from None
         return [delta for delta in deltas if delta]
@@ -836,6 +845,8 @@ class Reply:
             pieces = [self.tool_calls.add(call, is_whole) for call in message["tool_calls"] if call]
             if any(pieces):
                 delta["tool_calls"] = [piece for piece in pieces if piece]
+        if content.strip() or reasoning.strip() or "tool_calls" in delta:
+            self.has_answer = True
         for name in message.keys() - MESSAGE_FIELDS:
             value = message[name]
             if value in (None, "", [], {}):
@@ -887,8 +898,9 @@ class ToolCalls:
     """All tool calls of a reply.
 
     In a whole message, every entry is a call of its own. In a stream, a piece continues the latest call that
-    has the same index, id and name, as far as both are known. But a name that comes again after complete
-    arguments begins a new call. The client learns of a call when its name is known.
+    has the same index, id and name, as far as both are known. A piece without a name may also continue the
+    latest call of the same index or the same id. But a name that comes again after complete arguments begins
+    a new call. The client learns of a call when its name is known.
     """
 
     def __init__(self) -> None:
@@ -899,7 +911,8 @@ class ToolCalls:
     def add(self, piece: dict[str, Any], is_whole: bool) -> dict[str, Any] | None:
         """Takes in a tool call or a piece of one. Returns what the client has to learn, if anything."""
         function = piece.get("function") or {}
-        index, call_id, name = piece.get("index"), str(piece.get("id") or ""), str(function.get("name") or "")
+        index = "" if piece.get("index") is None else str(piece["index"])
+        call_id, name = str(piece.get("id") or ""), str(function.get("name") or "")
         arguments = function.get("arguments")
         if arguments is None:
             arguments = ""
@@ -926,16 +939,22 @@ class ToolCalls:
             new["function"].pop("name", None)  # The client has it already.
         return {"index": call.position, **new}
 
-    def find(self, index: Any, call_id: str, name: str, arguments: str) -> ToolCall | None:
+    def find(self, index: str, call_id: str, name: str, arguments: str) -> ToolCall | None:
         """Returns the call that a piece continues, or None if it begins a new one."""
-        for call in reversed(self.calls[-100:]):  # All of them would take too long if there are 10,000.
-            same_index = index is None or call.index in (None, index)
+        recent = self.calls[:-101:-1]  # the latest first; all of them would take too long if there are 10,000
+        for call in recent:
+            same_index = not index or call.index in ("", index)
             same_id = not call_id or call.id in ("", call_id)
             same_name = not name or call.name in ("", name)
             if same_index and same_id and same_name:
-                is_echo = call_id and not arguments  # Some upstreams repeat the id and the name at the end.
+                # Some upstreams repeat the name at the end.
+                is_echo = (call_id or index) and not arguments.strip()
                 begins_again = name and call.name and not is_echo and call.is_complete()
                 return None if begins_again else call
+        if not name:  # Some upstreams change the id or the index from piece to piece.
+            for call in recent:
+                if (index and index == call.index) or (call_id and call_id == call.id):
+                    return call
         return None
 
 
@@ -943,7 +962,7 @@ class ToolCalls:
 class ToolCall:
     """One tool call, put together from its pieces."""
 
-    index: Any = None  # `index`, `id` and `name` are the upstream's, and empty until they arrive
+    index: str = ""  # `index`, `id` and `name` are the upstream's, and empty until they arrive
     id: str = ""
     name: str = ""
     position: int | None = None  # the client's index
@@ -959,9 +978,8 @@ class ToolCall:
         function = {**self.fields["function"], "name": self.name, "arguments": "".join(self.arguments)}
         return {**self.fields, "function": function}
 
-    def take(self, index: Any, call_id: str, name: str, arguments: str) -> None:
-        if self.index is None:
-            self.index = index
+    def take(self, index: str, call_id: str, name: str, arguments: str) -> None:
+        self.index = self.index or index
         self.id = self.id or call_id
         self.name = self.name or name
         if arguments.strip() or self.arguments:  # White space before the JSON does not begin it.

@@ -905,6 +905,7 @@ async def test_earlier_reasoning_reaches_a_passthrough_and_in_a_tool_turn_the_cr
     ("a wrong account", refuses(403), 1, "what its account may use"),
     ("a wrong address", refuses(404), 1, "check `base_url` and `model`"),
     ("a redirect", sends_json(b"", 307, {"Location": "/v1"}), 1, "redirects are not followed"),
+    ("an error as finish_reason", says("half", "error"), 3, "finish_reason error"),
     ("white space", says(" \n"), 1, "empty reply, finish_reason stop"),
     ("nothing, cut by the limit", says("", "length"), 1, "empty reply, finish_reason length"),
     ("null for choices", sends_json({"choices": None, "base_resp": {"status_msg": "poor"}}), 1, "poor"),
@@ -1081,6 +1082,7 @@ async def test_a_connection_is_used_again_although_its_stream_ends_after_done(as
     ("a break", sends(HELLO, END, cut=True)),
     ("half a frame", sends(HELLO, END, b'data: {"choices":[],"usa')),
     ("another word", sends(HELLO, END, b"data: DONE\n\n")),
+    ("null", sends(HELLO, END, b"data: null\n\n")),
     ("[DONE] and what is not HTTP", writes(b"200 OK", HELLO + END + DONE, b"oops\r\n")),
 )
 async def test_a_finish_reason_makes_a_stream_complete_whatever_follows(start_gateway, upstream, reply):
@@ -1109,7 +1111,7 @@ async def test_a_leading_think_block_is_reasoning_except_in_a_stream(ask_a):
 
 @as_json_and_as_a_stream
 async def test_finish_reasons_are_openais(ask_a, stream):
-    theirs = ["stop", "end_turn", "length", "MAX_TOKENS", "Content_Filter", "SAFETY"]
+    theirs = ["stop", "end_turn", "model_length", "MAX_TOKENS", "Content_Filter", "SAFETY"]
     of_text = [(await ask_a(says("x", reason), stream=stream)).finish_reasons[0] for reason in theirs]
     call = {"tool_calls": [CALL]}
     of_call = [(await ask_a(says(call, reason), stream=stream)).finish_reasons[0] for reason in theirs[1:3]]
@@ -1180,6 +1182,16 @@ def piece(arguments, name=None, **fields):
     ("interleaved", [piece('{"x"', "f", index=0), piece("{}", "f", index=1), piece(':"{"}', index=0)]),
     ("interleaved ids", [piece('{"x"', "f", id="1"), piece("{}", "f", id="2"), piece(':"{"}', id="1")]),
     ("arguments as an object", [piece({"x": "{"}, "f", index=0), piece({}, "f", index=1)]),
+    (
+        "an id for each piece",
+        [piece("", "f", index=0, id="1"), piece(X, index=0, id="2"), piece("{}", "f", index=1)],
+    ),
+    (
+        "an index for each piece",
+        [piece("", "f", index=0, id="1"), piece(X, index=1, id="1"), piece("{}", "f", id="2")],
+    ),
+    ("an index as text", [piece("", "f", index=0), piece(X, index="0"), piece("{}", "f", index=1)]),
+    ("an echo without an id", [piece(X, "f", index=0), piece("", "f", index=0), piece("{}", "f", index=1)]),
     ("an echo", [piece(X, "f", id="1"), piece("", "f", id="1"), piece("{}", "f", id="2")]),
 )
 @as_json_and_as_a_stream
@@ -1302,7 +1314,7 @@ async def test_a_failure_after_the_status_line_is_a_frame_without_choices(ask_a,
 
 
 async def test_a_critics_stream_that_fails_before_its_first_data_is_tried_again(gateway, upstream):
-    busy = sends({"error": {"message": "busy", "code": 503}})
+    busy = sends(delta(content="\n", odd=1), {"error": {"message": "busy", "code": 503}})
     upstream.script("critic", refuses(500), busy, says("third time lucky"))
     answer = await gateway.ask(stream=True)
     assert answer.text == "third time lucky"
