@@ -694,7 +694,7 @@ async def read_reply(body: aiohttp.StreamReader, call: Call, reply: Reply, send:
     White space and unknown fields wait for more, so that another critic can still take over.
     """
     size = 0
-    deltas: list[Delta] = []
+    held: list[Delta] = []
     try:
         while not reply.ended:
             chunk = await body.read(READ_SIZE)  # empty at the end of the reply
@@ -703,11 +703,13 @@ async def read_reply(body: aiohttp.StreamReader, call: Call, reply: Reply, send:
             size += len(chunk)
             if size > MAX_REPLY_BYTES:
                 raise UpstreamError(Failure(f"the reply is larger than {MAX_REPLY_BYTES >> 20} MiB"))
-            deltas += reply.feed(chunk)
-            if deltas and send and reply.has_answer:
-                call.reached_client = True
-                await send(deltas)
-                deltas = []
+            deltas = reply.feed(chunk)
+            if send:
+                held += deltas
+                if held and reply.has_answer:
+                    call.reached_client = True
+                    await send(held)
+                    held = []
         if not body.at_eof():  # Read the end of the reply, so that its connection can be used again.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(body.readany(), 0.1)
@@ -746,7 +748,7 @@ def parse_retry_after(value: str) -> float | None:
 # A byte order mark may come first. llama.cpp has sent errors as `error:`.
 EVENT = re.compile(rb"^(?:\xef\xbb\xbf)?(?:data|error):(.*)", re.MULTILINE)
 MESSAGE_FIELDS = {"role", "content", "reasoning", "reasoning_content", "tool_calls"}
-# All others become `stop`, or `tool_calls` if there are any.
+# All others become `stop`, or `tool_calls` if a tool was called.
 FINISH_REASONS = dict.fromkeys(("length", "max_tokens", "model_length"), "length")
 FINISH_REASONS |= dict.fromkeys(("content_filter", "safety", "recitation"), "content_filter")
 THINKING = re.compile(r"\s*<think>(.*?)(?:</think>\s*|\Z)", re.DOTALL)
@@ -827,7 +829,7 @@ class Reply:
                 if self.finish_reason in ("error", "insufficient_system_resource"):
                     raise UpstreamError(Failure(f"finish_reason {self.finish_reason}", 200, retry=True))
         except (AttributeError, LookupError, TypeError):
-            raise UpstreamError(Failure("the reply has not the shape of a chat completion", 200)) from None
+            raise UpstreamError(Failure("the reply does not look like a chat completion", 200)) from None
         return [delta for delta in deltas if delta]
 
     def add_message(self, message: Message, is_whole: bool) -> Delta:

@@ -912,7 +912,7 @@ async def test_earlier_reasoning_reaches_a_passthrough_and_in_a_tool_turn_the_cr
     ("no choices", sends_json({"detail": "no such model"}), 1, "no such model"),
     ("a ping in the end", sends(delta(content="x"), {"type": "ping"}), 3, "without a finish_reason"),
     ("no choices in the end", sends(delta(content="x"), {"detail": "the cause"}), 1, "a: the cause"),
-    ("choices that are a text", sends_json({"choices": "x"}), 1, "not the shape of a chat completion"),
+    ("choices that are a text", sends_json({"choices": "x"}), 1, "does not look like a chat completion"),
     ("a tool call without a name", says({"tool_calls": [{"id": "1", "type": "function"}]}), 1, "empty reply"),
     ("an error that is a text", sends_json({"error": "the cause"}, 400), 1, "400: the cause"),
     ("an error in a list", sends_json([{"error": {"message": "the cause"}}], 400), 1, "400: the cause"),
