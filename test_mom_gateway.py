@@ -1111,11 +1111,11 @@ async def test_a_leading_think_block_is_reasoning_except_in_a_stream(ask_a):
 
 @as_json_and_as_a_stream
 async def test_finish_reasons_are_openais(ask_a, stream):
-    theirs = ["stop", "end_turn", "model_length", "MAX_TOKENS", "Content_Filter", "SAFETY"]
+    theirs = ["stop", "end_turn", "model_length", "MAX_TOKENS", "Content_Filter", "SAFETY", "RECITATION"]
     of_text = [(await ask_a(says("x", reason), stream=stream)).finish_reasons[0] for reason in theirs]
     call = {"tool_calls": [CALL]}
     of_call = [(await ask_a(says(call, reason), stream=stream)).finish_reasons[0] for reason in theirs[1:3]]
-    assert of_text == ["stop", "stop", "length", "length", "content_filter", "content_filter"]
+    assert of_text == ["stop"] * 2 + ["length"] * 2 + ["content_filter"] * 3
     assert of_call == ["tool_calls", "length"]
 
 
