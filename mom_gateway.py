@@ -1451,10 +1451,15 @@ async def open_session(app: web.Application) -> AsyncIterator[None]:
 
 async def create_runner() -> web.AppRunner:
     """For gunicorn. Its own runner does not cancel a request when the client leaves."""
-    gc.set_threshold(GC_THRESHOLD)
+    prepare_process()
     logging.basicConfig(level=logging.INFO)
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # It quotes malformed requests, also keys.
     return web.AppRunner(create_app(os.environ.get("MOM_CONFIG", "config.yaml")), **SERVING)
+
+
+def prepare_process() -> None:
+    """Changes settings of the whole process. A program that mounts the application keeps its own."""
+    gc.set_threshold(GC_THRESHOLD)
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # It quotes malformed requests, also keys.
 
 
 # --- The demo: scripted models, to see everything at work without a key ---
@@ -1504,11 +1509,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--demo", action="store_true", help="serve scripted models, without a configuration or a key")
     add("--version", action="version", version=__version__)
     args = parser.parse_args(arguments)
-    gc.set_threshold(GC_THRESHOLD)
+    prepare_process()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown, and slow
     logging._srcfile = None  # likewise; see "Optimization" in the Logging HOWTO
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # It quotes malformed requests, also keys.
     try:
         serve(args)
         return 0
