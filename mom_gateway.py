@@ -676,7 +676,9 @@ def connection_failure(error: Exception, upstream: Upstream) -> Failure:
     if isinstance(error, aiohttp.SocketTimeoutError):
         return Failure(504, f"no data for {upstream.timeout:g} s")  # It may still work, and is paid for.
     if isinstance(error, OSError | aiohttp.ClientHttpProxyError):
-        return Failure(502, f"connection failed: {error}; check `base_url` and the proxy", retry=True)
+        return Failure(
+            502, f"connection failed: {error}; check `base_url`, the proxy and that server", retry=True
+        )
     if isinstance(error, ValueError):
         return Failure(422, f"check `base_url`, `headers` and the proxy: {error}")
     return Failure(502, f"the connection broke off ({type(error).__name__})", retry=True)
@@ -760,10 +762,8 @@ class Upstream:
 
 @dataclass
 class Mixture:
-    """Proposers (`models`) and critics, by name. A passthrough has no proposers; its critic is the model."""
-
     name: str
-    models: tuple[str, ...]
+    models: tuple[str, ...]  # the proposers; a passthrough has none, and its critic is the model
     critic: tuple[str, ...] = ()  # by default the first model
     quorum: int = -1  # by default all models but one
     grace: float = 30.0
@@ -890,6 +890,8 @@ def read_entry(kind: type[Any], raw: Any, known: list[str], taken: set[str]) -> 
         if entry.name in taken:
             raise ConfigError(f".name: {entry.name!r} is already the name of another entry")
         taken.add(entry.name)
+    if getattr(entry, "api_key", "").startswith("$"):
+        raise ConfigError(".api_key: write ${NAME} for the environment variable NAME")
     if kind is Upstream and not BASE_URL.fullmatch(entry.base_url):
         raise ConfigError(
             ".base_url: must be an http or https URL, without a user name, a query or a fragment"

@@ -176,7 +176,8 @@ class Answer:
         self.body = {} if self.frames else json.loads(data)
         parts = self.frames or [self.body]
         self.choices = [choice for part in parts for choice in part.get("choices", [])]
-        self.messages = [choice.get("delta") or choice.get("message") or {} for choice in self.choices]
+        name = "delta" if self.frames else "message"
+        self.messages = [choice.get(name) or {} for choice in self.choices]
         self.finish_reasons = [each["finish_reason"] for each in self.choices if each.get("finish_reason")]
         self.text = "".join(message.get("content") or "" for message in self.messages)
         self.reasoning = "".join(message.get("reasoning_content") or "" for message in self.messages)
@@ -560,6 +561,7 @@ async def test_params_win_over_the_request(ask, upstream, params, fields, sent):
 
 # --- Calling an upstream: what is tried again ---
 PAGE = b"<html><head><style>" + b"x{}" * 1000 + b"</style><title>Bad gateway</title></head><p>502</p></html>"
+ERROR = {"error": {"message": "the cause", "code": 500}}
 HIDDEN = {"error": {"message": "Provider returned error", "metadata": {"raw": "the cause"}}}
 IN_A_CHOICE = {"choices": [{"message": {"content": "half"}, "error": {"code": 502, "message": "the cause"}}]}
 
@@ -586,6 +588,7 @@ IN_A_CHOICE = {"choices": [{"message": {"content": "half"}, "error": {"code": 50
     ("a stream without an end", sends(delta(content="half")), 3, r": \w+"),
     ("OpenRouter's error", sends_json(HIDDEN, 400), 1, "the cause"),
     ("a wrong key as 400", refuses(400, "API key not valid"), 1, "400: API key not valid$"),  # case 23
+    ("an error sent as an event", sends(ERROR, status=429), 3, "429: .*the cause"),
     ("a web page", sends(PAGE, status=502), 3, "502: Bad gateway$"),  # case 6
     ("no body and no reason", sends(status=520, reason=""), 3, r"520: \w+"),  # case 7
     ("control characters", refuses(400, "bad\x1b[31m \x00\n\u202e" + "x" * 9000), 1, "400: bad.*xxx$"),
@@ -630,6 +633,21 @@ async def test_the_timeout_is_the_time_without_a_byte_and_final(ask, upstream, r
     assert answer.status == status
     assert len(upstream.requests) == 1  # The upstream may still be working, and is paid for.
     await eventually(lambda: upstream.running == 0, seconds=3)
+
+
+async def garbles(request):
+    """Sends text, and then bytes that are no chunk. aiohttp stops reading, and waits for ever."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    request.transport.write(head + b"%x\r\n%s\r\n" % (len(HELLO), HELLO))
+    await asyncio.sleep(0.2)
+    request.transport.write(b"oops\r\n")
+    await hangs(request)
+
+
+async def test_a_reply_that_turns_into_garbage_ends(ask, monkeypatch, stream):
+    monkeypatch.setattr(mom_gateway, "CONNECT_TIMEOUT", 0.1)
+    answer = await ask({"a": garbles}, models={"a": {"timeout": 0.3, "retries": 0}}, model="a", stream=stream)
+    assert answer.error["message"].startswith("a: ")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="relies on how Linux treats a full backlog")
@@ -685,8 +703,11 @@ async def test_a_proxy_is_used_except_for_loopback_and_for_hosts_in_no_proxy(ask
     ("open after [DONE]", [HELLO, DONE, hangs]),
     ("silence after the finish_reason", [HELLO, END, hangs]),
     ("a break after it", [HELLO, END, breaks_off]),
+    ("a break after [DONE]", [HELLO, DONE, breaks_off]),
+    ("the whole message in the end", [HELLO, b"data: " + WHOLE, b"\n\n", DONE]),
     ("an error after it", [HELLO + END + event({"error": {"message": "no", "code": 500}})]),
     ("a document with line breaks", [WHOLE.replace(b",", b",\n\n")]),
+    ("a document with an empty delta", [WHOLE.replace(b'{"mess', b'{"delta":{"content":""},"mess')]),
     ("a document and [DONE]", [WHOLE + b"\n\n" + DONE]),  # case 25
 )
 @pytest.mark.parametrize("content_type", ["text/event-stream", JSON])
@@ -818,9 +839,6 @@ async def test_no_frame_waits_for_a_later_one_and_silence_is_filled_with_comment
     assert after.endswith(b"\n\ndata: [DONE]\n\n")
 
 
-ERROR = {"error": {"message": "the cause", "code": 500}}
-
-
 @cases(
     "reply, words, arrived",
     ("after a comment", sends(0.3, {"error": {"message": "the cause", "code": 400}}), "the cause", None),
@@ -921,6 +939,7 @@ def test_every_entry_with_a_mistake_is_reported_at_once_with_its_place_and_what_
     ("an unknown key", "sever: {x: sk-secret}\n" + ONE, "sever"),
     ("YAML that breaks off", "models:\n- name: a\n  sk-secret\n", "line 4: could not find expected ':'"),
     ("an alias", "models:\n- api_key: *sk-secret", "line 2"),
+    ("a variable without braces", A_WITH % "api_key: $KEY", "models[0].api_key"),
 )
 def test_a_mistake_is_one_line_that_begins_with_its_place_and_shows_no_value(text, place):
     lines = problems(text)
@@ -1061,6 +1080,15 @@ async def test_a_copy_can_be_mounted_and_served_by_gunicorn(upstream, tmp_path, 
     async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session:
         await Gateway(session, upstream).abandon()
     await runner.cleanup()
+
+
+async def test_a_mixture_can_be_asked_without_http(start_gateway):
+    await start_gateway()  # writes config.yaml
+    gateway = mom_gateway.load_config(Path("config.yaml"))
+    async with aiohttp.ClientSession() as gateway.session:
+        chat = mom_gateway.Chat(gateway, gateway.mixtures["mom"], {"messages": QUESTION})
+        call = await mom_gateway.run_mixture(chat, None)
+    assert call.message["content"] == "answer of critic"
 
 
 # --- The command line: the demo and the server, as processes ---
