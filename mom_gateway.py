@@ -23,7 +23,7 @@ accounts, limits on requests, several rounds of proposing, and a user interface.
 
 A proposer is a model that is asked for a candidate, which is a first answer. A passthrough is one model that
 is asked directly. To change how answers are mixed, edit CRITIC_INSTRUCTION and critic_prompt; to change when
-a call is repeated, RETRYABLE_STATUSES and backoff_delay. All times are in seconds. `--demo` needs no key.
+a call is repeated, RETRYABLE_STATUSES, FIRST_BACKOFF and backoff_delay. All times are in seconds.
 """
 
 from __future__ import annotations
@@ -675,12 +675,10 @@ def connection_failure(error: Exception, upstream: Upstream) -> Failure:
     error.__traceback__ = None  # aiohttp keeps the exception, and with it the request.
     if isinstance(error, aiohttp.SocketTimeoutError):
         return Failure(504, f"no data for {upstream.timeout:g} s")  # It may still work, and is paid for.
-    if isinstance(error, OSError | aiohttp.ClientHttpProxyError):
-        return Failure(
-            502, f"connection failed: {error}; check `base_url`, the proxy and that server", retry=True
-        )
+    if isinstance(error, OSError | aiohttp.ClientHttpProxyError | aiohttp.ServerDisconnectedError):
+        return Failure(502, f"connection failed: {error}; check `base_url`, proxy and server", retry=True)
     if isinstance(error, ValueError):
-        return Failure(422, f"check `base_url`, `headers` and the proxy: {error}")
+        return Failure(422, f"check `api_key`, `base_url`, `headers` and the proxy: {error}")
     return Failure(502, f"the connection broke off ({type(error).__name__})", retry=True)
 
 
@@ -816,7 +814,7 @@ def load_config(path: Path) -> Gateway:
     tree = replace_variables(read_yaml(path), problems)
     if not isinstance(tree, dict) or not isinstance(tree.get("models"), list) or not tree["models"]:
         raise ConfigError(f"{path}: models: must be a list of one or more models")
-    known = [str(raw.get("name")) for raw in tree["models"] if isinstance(raw, dict)]
+    known = [str(raw["name"]) for raw in tree["models"] if isinstance(raw, dict) and "name" in raw]
     raw_mixtures = tree.get("mixtures") or [{"name": "mom", "models": known}]
     if not isinstance(raw_mixtures, list):
         raise ConfigError(f"{path}: mixtures: must be a list of mixtures")
@@ -842,7 +840,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; or try --demo, which needs no configuration") from None
+        raise ConfigError(f"{path}: {error.strerror}; try --config PATH, or --demo") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         # PyYAML's whole text would show the line, and the name of a tag or an alias may be a key.
         mark = getattr(error, "problem_mark", None)
@@ -856,8 +854,8 @@ def replace_variables(tree: Any, problems: list[str]) -> Any:
 
     def value_of(match: re.Match[str]) -> str:
         name, default = match.groups()
-        problem = f"{name} is not set in the environment; type: export {name}=…, or try --demo"
-        if name not in os.environ and default is None and problem not in problems:
+        problem = f"{name} is not set in the environment, or empty; type: export {name}=…, or try --demo"
+        if not os.environ.get(name) and default is None and problem not in problems:
             problems.append(problem)
         return os.environ.get(name) or default or ""
 
@@ -1143,7 +1141,7 @@ def serve(args: argparse.Namespace) -> None:
         lines.append(f"Traces: {args.debug_requests}")
     key = '-H "Authorization: Bearer $MOM_API_KEY" ' if server.api_key else ""
     body = '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
-    lines.append(f"curl -s {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
+    lines.append(f"curl -sS {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore  # A console may lack a letter of a name.
     web.run_app(app, sock=listener, print=lambda _: print("\n".join(lines), flush=True), **SERVING)
 
