@@ -12,7 +12,8 @@ It is a local server that looks like OpenAI's chat API. This is the way of one r
             fan_out                 asks all proposers at once, and waits for a quorum of candidates
                 call_upstream       asks one model, again and again while that may help
                     attempt_call    makes one attempt, and passes on what arrives
-                        read_frames posts the request, and turns the bytes of the reply into frames
+                        read_frames posts the request, and reads frames from the reply
+                        note        keeps the frames, and what they say
                     end_call        puts the frames together
             critic_prompt           writes the instruction and the candidates
             ask_critics             asks one critic after the other, by call_upstream as above
@@ -20,7 +21,6 @@ It is a local server that looks like OpenAI's chat API. This is the way of one r
 The gateway decides who is asked, waits, retries and reports. The answer passes to the client as the upstream
 wrote it. Left out are embeddings, other modalities and other dialects of the API, CORS, caching, budgets,
 accounts, limits on requests, several rounds of proposing, and a user interface.
-
 A proposer is a model that is asked for a candidate, which is a first answer. A passthrough is one model that
 is asked directly. To change how answers are mixed, edit CRITIC_INSTRUCTION and critic_prompt; to change when
 a call is repeated, RETRYABLE_STATUSES, FIRST_BACKOFF and backoff_delay. All times are in seconds.
@@ -195,7 +195,7 @@ async def read_chat(request: web.Request) -> Chat:
 
 
 # The status line waits for the first frame or comment, so that an early failure has its own status. After
-# that, a failure can only be one more frame. If the client leaves, aiohttp cancels the handler.
+# that, a failure can only be one more frame. If the client leaves, aiohttp cancels the handler (see SERVING).
 async def answer_as_stream(chat: Chat, request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers=EVENT_STREAM)
     roles = iter([{"role": "assistant"}])  # Only the first delta has one.
@@ -408,14 +408,14 @@ async def attempt_call(chat: Chat, call: Call, send: Send | None) -> Failure | N
                 failure = note(reply, batch)
                 if reply.has_answer:
                     deadline = math.inf  # From now on, only silence ends the call.
-                if send and reply.has_begun:  # Nothing is lost yet if there was only a role.
+                if send and reply.has_begun:  # A lone role waits. Thinking passes, and still allows a retry.
                     call.reached_client = reply.has_answer
                     await send(reply.frames[sent:])
                     sent = len(reply.frames)
     except Failure as error:
         failure = replace(error)
     except TimeoutError:
-        failure = Failure(504, "no text or tool call before its deadline")
+        failure = Failure(504, "nothing more came before the deadline")
     if reply.has_answer and (reply.finish_reason or not failure):
         return None  # It is complete, even if it broke off or fell silent after that.
     if not failure:
@@ -475,9 +475,9 @@ def request_body(chat: Chat, call: Call) -> dict[str, Any]:
 
 
 def messages_for(chat: Chat, call: Call) -> list[dict[str, Any]]:
-    """Returns the conversation, for a proposer without signatures, and for a critic with the candidates."""
+    """Returns the conversation, with the candidates for a critic, and without signatures for all others."""
     messages: list[dict[str, Any]] = list(chat.request["messages"])
-    if call.role == "proposer":
+    if call.role == "proposer" or call.upstream.name not in chat.mixture.critic:
         for index, message in enumerate(messages):
             if message.get("role") == "assistant":  # Many models refuse what others have signed.
                 kept = messages[index] = pick(message, ("role", "content", "name"))
@@ -502,7 +502,7 @@ def pick(source: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 # --- Reading a reply: bytes become lines, lines become frames, and frames become a completion ---
 # A line that begins with `data:` is an event, and the other lines are one JSON document, whatever the
-# Content-Type says. Both become frames. But for role, index and finish_reason they pass on as they came.
+# Content-Type says. Both become frames, whose text, tool calls and unknown fields nobody changes.
 SSE_LINE = re.compile(rb"(data|event|id|retry)?:")
 
 
@@ -650,7 +650,7 @@ PAGE = re.compile(r"\A([^<]{0,40})<(!doctype|html).*?<title[^>]*>([^<]*).*", re.
 
 
 def refusal(body: str, response: aiohttp.ClientResponse | None = None) -> Failure:
-    """Describes an error in the upstream's own words. Without a response, its code is taken as the status."""
+    """Describes an error in the upstream's own words. Inside a good reply, its code counts as the status."""
     error: dict[str, Any] = {}
     with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
         error = dict(json.loads(body)["error"])
@@ -660,7 +660,7 @@ def refusal(body: str, response: aiohttp.ClientResponse | None = None) -> Failur
         message = error["message"]
     status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else 0
     wait = ""
-    if response:
+    if response is not None:
         status = response.status
         message = f"{status}: {message or response.reason or 'no reason given'}"
         wait = response.headers.get("Retry-After", "")
@@ -956,7 +956,7 @@ def check_access(request: web.Request, server: Server) -> None:
         is_foreign = request.headers.get("Sec-Fetch-Site") == "cross-site"
     if is_foreign:
         raise Failure(403, "web pages of other sites are not allowed", "origin_not_allowed")
-    # Other programs and people may reach this port. Comparing in constant time does not help them to guess.
+    # Other programs and people may reach this port. In constant time, they cannot guess letter by letter.
     expected = f"Bearer {server.api_key}".encode(errors="surrogateescape")
     given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
     if server.api_key and not hmac.compare_digest(given, expected):
