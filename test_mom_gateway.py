@@ -693,6 +693,9 @@ async def test_a_proxy_is_used_except_for_loopback_and_for_hosts_in_no_proxy(ask
 
 
 # --- Reading a reply: the shape decides ---
+DEEP = json.loads('{"a":' * 500 + "1" + "}" * 500)
+
+
 @cases(
     "parts",
     ("no space after the colon", [(HELLO + END + DONE).replace(b": {", b":{")]),
@@ -705,17 +708,23 @@ async def test_a_proxy_is_used_except_for_loopback_and_for_hosts_in_no_proxy(ask
     ("silence after the finish_reason", [HELLO, END, hangs]),
     ("a break after it", [HELLO, END, breaks_off]),
     ("a break after [DONE]", [HELLO, DONE, breaks_off]),
+    ("comments without end", [HELLO, END, *[b": ping\n\n", 0.1] * 120]),
+    ("deep nesting", [HELLO, *[event(delta(odd=DEEP))] * 2, END]),
+    ("a huge cost", [HELLO, END, b'data: {"choices":[],"usage":{"cost":1%s}}\n\n' % (b"0" * 400), DONE]),
     ("the whole message in the end", [HELLO, b"data: " + WHOLE, b"\n\n", DONE]),
     ("an error after it", [HELLO + END + event({"error": {"message": "no", "code": 500}})]),
     ("a document with line breaks", [WHOLE.replace(b",", b",\n\n")]),
     ("a document with an empty delta", [WHOLE.replace(b'{"mess', b'{"delta":{"content":""},"mess')]),
     ("a document and [DONE]", [WHOLE + b"\n\n" + DONE]),  # case 25
 )
-async def test_the_shape_of_a_reply_decides_and_not_its_type(ask, upstream, parts, stream):
+async def test_the_shape_of_a_reply_decides_and_not_its_type(ask, upstream, monkeypatch, parts, stream):
+    monkeypatch.setattr(mom_gateway, "CONNECT_TIMEOUT", 0.3)
+    began = time.monotonic()
     reply = sends(*parts, headers={"Content-Type": "text/plain"})
     answer = await ask({"a": reply}, models={"a": {"timeout": 0.2}}, model="a", stream=stream)
     assert (answer.text, answer.finish_reasons, answer.error) == ("naïve", ["stop"], None)
     assert len(upstream.requests) == 1
+    assert time.monotonic() - began < 10
 
 
 CALLS = [{**CALL, "id": f"c{number}", "index": number} for number in range(10_000)]
