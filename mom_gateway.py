@@ -1142,7 +1142,7 @@ def serve(args: argparse.Namespace) -> None:
     key = '-H "Authorization: Bearer $MOM_API_KEY" ' if server.api_key else ""
     body = '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
     lines.append(f"curl -sS {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore  # A console may lack a letter of a name.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore  # A console may lack a letter.
     web.run_app(app, sock=listener, print=lambda _: print("\n".join(lines), flush=True), **SERVING)
 
 
