@@ -419,7 +419,7 @@ async def attempt_call(chat: Chat, call: Call, send: Send | None) -> Failure | N
     if reply.has_answer and (reply.finish_reason or not failure):
         return None  # It is complete, even if it broke off or fell silent after that.
     if not failure:
-        end = reply.finish_reason or to_json(reply.fields)
+        end = reply.finish_reason or to_json(reply.fields | {"choices": len(reply.frames)})  # without text
         failure = Failure(502, f"no answer, it ended with {end}", retry=reply.finish_reason not in INCOMPLETE)
     # Keys are removed before the text is shortened, or a part of one could remain.
     message = PAGE.sub(r"\1\3", chat.gateway.redact(failure.message)[:10_000])

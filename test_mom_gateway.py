@@ -587,6 +587,7 @@ IN_A_CHOICE = {"choices": [{"message": {"content": "half"}, "error": {"code": 50
     ("white space", says(" \n"), 3, "stop"),
     ("reasoning alone, cut by a filter", says({"reasoning": "hm"}, "content_filter"), 1, "content_filter"),
     ("no choices", sends_json({"detail": "no such model"}), 3, "no such model"),
+    ("thoughts without an end", sends(delta(reasoning="half"), DONE), 3, "no answer"),
     ("an error in a 200", sends_json({"error": {"message": "gone", "code": 404}}), 1, "(?<=a): gone"),
     ("an error in a choice", sends_json(IN_A_CHOICE), 3, "(?<=a): the cause$"),
     ("JSON after text", sends(HELLO, b'{"error":{"message":"no","code":429}}'), 3, "(?<=a): no$"),  # case 5
